@@ -1,0 +1,43 @@
+# The everyday commands. `make help` lists them.
+PYTHON ?= $(shell for name in python3.11 python3; do \
+	"$$name" -c "" 2>/dev/null && echo "$$name" && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread per process: two processes with one thread each beat one process with two.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint export lab
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Made when it is missing, and brought up to date when the declared or pinned dependencies change.
+$(STAMP): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
+		echo "make: PYTHON='$(PYTHON)': expected Python 3.11 or newer, found $$("$(PYTHON)" --version 2>&1 | tail -n 1);" \
+			"install Python 3.11 or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## train the whole pipeline on synthetic data, in a fresh folder under demo_run/
+	@folder=demo_run/$$(date +%Y-%m-%d_%H-%M-%S) && mkdir -p "$$folder" && cd "$$folder" && \
+		"$(CURDIR)/$(BIN)/topoqa" pipeline && echo "make demo: all files lie in $$folder"
+
+test: lint ## lint, run every page, run the tests
+	$(BIN)/nbdev_test --n_workers 2
+	$(BIN)/python -m pytest -n 2
+
+lint: $(STAMP) ## check that pages, package and formatting agree
+	@$(BIN)/python .ci/lint.py
+
+export: $(STAMP) ## format and clean the notebooks, export the package from them
+	$(BIN)/ruff format --quiet nbs pipelines tests .ci
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_clean --fname pipelines
+	$(BIN)/nbdev_export
+
+lab: $(STAMP) ## open the pages in JupyterLab
+	$(BIN)/jupyter lab nbs
