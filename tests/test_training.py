@@ -1,0 +1,266 @@
+"""Whole training runs: stops, kills, accumulation, schema of another build. What a page cannot show."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from topoqa_nb.config import load_config
+from topoqa_nb.core import ConfigError, DataError, TrainingError
+from topoqa_nb.demo import ensure_demo, write_tiny_dataset
+from topoqa_nb.metrics import spearman
+from topoqa_nb.model import build_model, read_checkpoint
+from topoqa_nb.runs import METRIC_COLUMNS, RunDirectory, read_metadata, read_metrics
+from topoqa_nb.training import open_data, predict_split, train
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "A data set of 12 decoys and the overrides that train on it."
+    demo = write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "set")
+    return {
+        "paths.graph": str(demo.graph_dir),
+        "paths.train_labels": str(demo.train_labels),
+        "paths.val_labels": str(demo.val_labels),
+        "dataloader.batch_size": 2,
+        "trainer.accumulate_grad_batches": 1,
+        "model.hidden_dim": 8,
+        "model.attention_head": 2,
+        "trainer.num_epochs": 2,
+    }
+
+
+def run_once(tiny, folder, name="run", resume_from=None, **changes):
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    loaded = load_config(None, tiny | {"paths.save_dir": str(folder)} | changes)
+    return train(loaded, run_name=name, resume_from=resume_from)
+
+
+def test_a_run_leaves_what_the_contract_names(tiny, tmp_path):
+    run = run_once(tiny, tmp_path)
+    expected = {
+        "config/original_config.yaml", "config/config.yaml", "config/applied_overrides.yaml", "run_metadata.json",
+        "feature_metadata.json", "dataset_coverage.json", "metrics/metrics.csv", "logs/training.log",
+        "logs/training_console.log", "model_checkpoints/last.chkpt", "model_checkpoints/best.ckpt",
+        "model_checkpoints/second_best.ckpt", "model_checkpoints/val_loss_best.ckpt",
+    }  # fmt: skip
+    found = {str(path.relative_to(run.path)) for path in run.path.rglob("*")}
+    assert expected <= found
+    assert list(pd.read_csv(run.metrics_file).columns) == list(METRIC_COLUMNS)
+    assert read_metadata(run)["status"] == "completed"
+    assert (tmp_path / "latest").resolve() == run.path.resolve()
+
+
+def test_a_run_can_be_repeated_from_its_own_directory(tiny, tmp_path):
+    first = run_once(tiny, tmp_path / "a")
+    again = train(load_config(first.config_file), run_name="again", output_root=tmp_path / "b")
+    assert first.metrics_file.read_bytes() == again.metrics_file.read_bytes()
+
+
+def test_fast_dev_run_is_one_epoch_of_one_batch_with_checkpoints(tiny, tmp_path):
+    run = run_once(tiny, tmp_path, trainer__fast_dev_run=True)
+    metrics = read_metrics(run)
+    assert len(metrics) == 1
+    assert metrics.step.tolist() == [1]
+    assert (run.checkpoints / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("primary", ["selection_metric", "val_loss"])
+def test_best_checkpoint_follows_the_primary_metric(tiny, tmp_path, primary):
+    run = run_once(tiny, tmp_path, trainer__num_epochs=8, selection__primary_metric=primary)
+    metrics = read_metrics(run)
+    best = read_checkpoint(run.checkpoints / "best.ckpt")["epoch"]
+    assert best == metrics[primary].idxmin()
+    other = {"selection_metric": "val_loss", "val_loss": "selection_metric"}[primary]
+    assert read_checkpoint(run.checkpoints / f"{other}_best.ckpt")["epoch"] == metrics[other].idxmin()
+
+
+def test_the_last_accumulation_window_is_a_mean_over_itself(tiny, tmp_path):
+    "One epoch of SGD-like Adam steps by hand, with windows of 3 and 1 batches, gives the same weights."
+    run = run_once(
+        tiny, tmp_path, trainer__num_epochs=1, trainer__accumulate_grad_batches=3, model__dropout=0.0
+    )
+    config = load_config(run.config_file).config
+    data = open_data(config)
+    from topoqa_nb.data import make_loader
+
+    torch.manual_seed(config.dataloader.seed)
+    model = build_model(data.schema, config.model).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.optimizer.learning_rate)
+    batches = list(make_loader(data.train, batch_size=2, shuffle=True, seed=config.dataloader.seed))
+    assert len(batches) % 3, "the case needs a short last window"
+    for start in range(0, len(batches), 3):
+        window = batches[start : start + 3]
+        optimizer.zero_grad()
+        for batch in window:
+            (F.mse_loss(model(batch), batch.y) / len(window)).backward()
+        optimizer.step()
+    saved = read_checkpoint(run.checkpoints / "last.chkpt")["state_dict"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(saved[f"model.{name}"], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_checkpoint_loads_weights_only_and_describes_itself(tiny, tmp_path):
+    run = run_once(tiny, tmp_path)
+    content = torch.load(run.checkpoints / "best.ckpt", weights_only=True)
+    assert {"state_dict", "feature_metadata", "config", "rng", "epoch_row"} <= set(content)
+    assert content["config"]["model"]["hidden_dim"] == 8
+
+
+def test_fine_tune_keeps_nothing_of_its_parent_but_the_weights(tiny, tmp_path):
+    parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=6, optimizer__learning_rate=0.02)
+    best = parent.checkpoints / "best.ckpt"
+    child = run_once(
+        tiny, tmp_path, "child", resume_from=best, optimizer__learning_rate=1e-3, trainer__num_epochs=3
+    )
+    assert read_metrics(child).learning_rate.tolist() == [1e-3] * 3
+    assert read_metrics(child).epoch.tolist() == [0, 1, 2]
+    score = read_metadata(child)["lineage"]["parent_score"]
+    assert score["selection_metric"] == pytest.approx(read_metrics(parent).selection_metric.min(), abs=1e-6)
+
+
+def test_early_stopping_knows_the_parents_score(tiny, tmp_path):
+    "A child that never beats its parent stops after `patience` epochs, not after patience + 1."
+    parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=6)
+    child = run_once(
+        tiny, tmp_path, "child", resume_from=parent.checkpoints / "best.ckpt",
+        optimizer__learning_rate=0.5, trainer__num_epochs=30, early_stopping__patience=3,
+    )  # fmt: skip
+    assert len(read_metrics(child)) == 3
+    assert read_metadata(child)["lineage"]["improved_on_parent"] is False
+    assert (child.checkpoints / "best.ckpt").readlink().name.endswith("_epoch-01.chkpt")
+
+
+def test_another_build_trains_without_any_change(tiny, tmp_path):
+    "Edge width 24, node width 52, no sidecar."
+    wide = write_tiny_dataset(tmp_path / "wide", node_width=52, edge_width=24)
+    run = run_once(
+        tiny, tmp_path / "runs", paths__graph=str(wide.graph_dir),
+        paths__train_labels=str(wide.train_labels), paths__val_labels=str(wide.val_labels),
+    )  # fmt: skip
+    content = read_checkpoint(run.checkpoints / "best.ckpt")["feature_metadata"]
+    assert (content["edge_schema"]["dim"], content["node_schema"]["dim"]) == (24, 52)
+
+
+@pytest.mark.parametrize("precision", ["64", "bf16-mixed"])
+def test_other_precisions_train_on_the_cpu(tiny, tmp_path, precision):
+    run = run_once(tiny, tmp_path, trainer__precision=precision, trainer__num_epochs=1)
+    assert np.isfinite(read_metrics(run).val_loss).all()
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_batch(tiny, tmp_path):
+    with pytest.raises(TrainingError, match=r"epoch 0, batch \d+: expected a finite loss"):
+        run_once(tiny, tmp_path, "diverged", optimizer__learning_rate=1e30)
+    metadata = read_metadata(RunDirectory(tmp_path / "diverged"))
+    assert metadata["status"] == "failed"
+    assert "finite loss" in metadata["reason"]
+
+
+def test_a_validation_loss_that_is_not_finite_fails_the_run(tiny, tmp_path):
+    "One batch an epoch: its loss is finite, the weights after its step are not."
+    with pytest.raises(TrainingError, match="epoch 0, validation: expected a finite loss"):
+        run_once(tiny, tmp_path, "diverged", optimizer__learning_rate=1e30, dataloader__batch_size=16)
+    assert read_metadata(RunDirectory(tmp_path / "diverged"))["status"] == "failed"
+
+
+def test_a_run_that_cannot_start_leaves_nothing(tiny, tmp_path):
+    with pytest.raises(DataError):
+        run_once(tiny, tmp_path / "runs", paths__train_labels=str(tmp_path / "absent.csv"))
+    with pytest.raises(ConfigError, match="edge_schema.dim"):
+        run_once(tiny, tmp_path / "runs", edge_schema__dim=99)
+    assert not (tmp_path / "runs").exists()
+
+
+# A slow training in a process of its own, to be stopped from outside.
+
+SLOW = """
+import sys, time
+from topoqa_nb import training
+from topoqa_nb.config import load_config
+step = training.TopoQAModule.training_step
+training.TopoQAModule.training_step = lambda self, *a: (time.sleep(0.1), step(self, *a))[1]
+try:
+    training.train(load_config(sys.argv[1], ["trainer.num_epochs=500", "early_stopping.patience=500"]), run_name="slow", output_root=sys.argv[2])
+except training.Interrupted as stop:
+    sys.exit(128 + stop.signum)
+"""
+
+
+def start_slow_run(tiny, folder: Path) -> subprocess.Popen:
+    "Start it and wait until two epochs are recorded."
+    recipe = run_once(tiny, folder / "recipe", trainer__num_epochs=1).config_file
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(recipe), str(folder)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    metrics = folder / "slow" / "metrics" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline, "no epoch was recorded in time"
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "interrupted"), (signal.SIGKILL, "running")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_stopped_run_keeps_its_best_checkpoint(tiny, tmp_path, signum, status):
+    process = start_slow_run(tiny, tmp_path)
+    process.send_signal(signum)
+    code = process.wait(timeout=60)
+    assert code == (-9 if signum == signal.SIGKILL else 128 + signum)
+    run = RunDirectory(tmp_path / "slow")
+    assert read_metadata(run)["status"] == status
+    metrics = read_metrics(run)
+    assert metrics.epoch.tolist() == list(range(len(metrics)))
+    last = read_checkpoint(run.checkpoints / "last.chkpt")["epoch"]
+    assert last in (len(metrics) - 1, len(metrics) - 2), (
+        "the row of an epoch is written before its checkpoint"
+    )
+    saved = metrics[metrics.epoch <= last]
+    best = read_checkpoint(run.checkpoints / "best.ckpt")
+    assert best["epoch_row"]["selection_metric"] == pytest.approx(saved.selection_metric.min())
+    assert not list(run.path.rglob("*.tmp")) or signum == signal.SIGKILL
+
+
+# Is there something to learn, and is it learnt?
+
+
+@pytest.fixture(scope="module")
+def demo_set(tmp_path_factory):
+    return ensure_demo(tmp_path_factory.mktemp("demo") / "demo_data")
+
+
+def demo_spearman(demo_set, train_labels, folder):
+    changes = {
+        "paths.graph": demo_set.graph_dir, "paths.train_labels": train_labels, "paths.val_labels": demo_set.val_labels,
+        "paths.save_dir": folder, "trainer.num_epochs": 12, "trainer.accumulate_grad_batches": 1,
+    }  # fmt: skip
+    run = train(load_config("config.yaml", changes), run_name="run")
+    config = load_config(run.config_file).config
+    val = open_data(config).val
+    last = predict_split(run.checkpoints / "last.chkpt", val)
+    return spearman(last, val.dockq.numpy())
+
+
+def test_the_demo_is_learnt_and_shuffled_labels_are_not(demo_set, tmp_path):
+    "Judged by the last epoch: the best of many epochs would flatter a model that learnt nothing."
+    assert demo_spearman(demo_set, demo_set.train_labels, tmp_path / "true") > 0.5
+    table, shuffled = pd.read_csv(demo_set.train_labels), []
+    for seed in range(3):  # six validation targets scatter, so one permutation says little
+        labels = table.assign(dockq=np.random.default_rng(seed).permutation(table["dockq"]))
+        labels.to_csv(tmp_path / f"shuffled_{seed}.csv", index=False)
+        shuffled.append(
+            demo_spearman(demo_set, tmp_path / f"shuffled_{seed}.csv", tmp_path / f"false_{seed}")
+        )
+    assert abs(np.mean(shuffled)) < 0.2, shuffled
