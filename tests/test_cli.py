@@ -1,0 +1,541 @@
+"""The command line as a job script meets it: output, exit codes, one line per mistake."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from topoqa_nb.cli import joined_pairs, main
+from topoqa_nb.core import TrainingError
+from topoqa_nb.demo import DemoPaths, write_tiny_dataset
+from topoqa_nb.runs import find_run, read_metadata, read_metrics
+
+COMMANDS = ["run", "batch", "summarise", "leaderboard", "pipeline", "fine-tune", "demo-data", "config"]
+
+
+def on_tiny_data(demo: DemoPaths) -> list[str]:
+    "Overrides that make a run take a second."
+    changes = {
+        "paths.graph": demo.graph_dir,
+        "num_epochs": 2,
+        "model.hidden_dim": 8,
+        "accumulate_grad_batches": 1,
+    }
+    return [part for key, value in changes.items() for part in ("--override", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, demo: DemoPaths) -> Path:
+    "A run root with a short run, its fine-tune, and one whose loss is not finite."
+    root = tmp_path_factory.mktemp("cli") / "runs"
+    common = ["run", "--config", "config.yaml", "--output-root", str(root), *on_tiny_data(demo)]
+    assert (
+        main([*common, "--run-name", "first", "--notes", "a note", "--trial-label", "trial", "--log-lr"]) == 0
+    )
+    best = root / "first" / "model_checkpoints" / "best.ckpt"
+    assert main([*common, "--run-name", "child", "--resume-from", str(best)]) == 0
+    diverges = ["--override", "learning_rate=1e30", "--override", "batch_size=2"]
+    assert main([*common, "--run-name", "diverged", *diverges]) == 1
+    return root
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    "The one line of an error; checks everything that all errors have in common."
+    code = main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    assert code == 2, (out, err)
+    assert out == ""
+    assert err.startswith("topoqa: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    return err
+
+
+def shell(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "topoqa_nb.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+# --- usage
+
+
+def test_help_and_config_do_not_load_torch():
+    code = (
+        "import sys; from topoqa_nb.cli import main; assert main(['--help']) == 0;"
+        "assert main(['config', '--show', 'config.yaml']) == 0; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"  {command} " in shown
+    assert main([]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture):
+    assert main([command, "--help"]) == 0
+    assert "Usage: topoqa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["summarize"], ["summarise"]),
+        (["zzz"], ["zzz", "topoqa --help"]),
+        (["--confg"], ["--confg"]),
+        (["run"], ["topoqa run", "--config"]),
+        (["run", "--confg", "a"], ["--confg", "--config"]),
+        (["run", "--config"], ["--config"]),
+        (["run", "--config", "config.yaml", "extra"], ["extra"]),
+        (["batch", "--manifest", "run_core.yaml", "--limit", "x"], ["--limit", "x"]),
+        (["batch", "--manifest", "run_core.yaml", "--jobs", "0"], ["--jobs", "0"]),
+        (["batch", "--manifest", "run_core.yaml", "--executor", "slurm"], ["--executor", "slurm"]),
+        (["leaderboard", "--format", "xml"], ["--format", "xml"]),
+        (["summarise"], ["--run-id", "--run-dir", "neither"]),
+        (["summarise", "--run-id", "a", "--run-dir", "b"], ["both"]),
+    ],
+)
+def test_wrong_usage(arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture):
+    err = refused(capsys, *arguments)
+    for part in parts:
+        assert part in err
+
+
+def test_module_and_process_exit_with_the_code():
+    done = shell("config", "--show", "no_such.yaml")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "no_such.yaml" in done.stderr
+
+
+# --- config
+
+
+def test_config_shows_what_a_run_would_use(capsys: pytest.CaptureFixture):
+    assert (
+        main(
+            [
+                "config",
+                "--show",
+                "sched_boost.yaml",
+                "--override",
+                "seed=777",
+                "--override",
+                "fast_dev_run=true",
+            ]
+        )
+        == 0
+    )
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert (shown["dataloader"]["seed"], shown["trainer"]["fast_dev_run"]) == (777, True)
+
+
+def test_config_shows_a_flat_file_in_sections(tmp_path: Path, capsys: pytest.CaptureFixture):
+    flat = tmp_path / "flat.yaml"
+    flat.write_text("graph_dir: graphs\nlearning_rate: 0.1\n")
+    assert main(["config", "--show", str(flat), "--override", "seed=7"]) == 0
+    out, err = capsys.readouterr()
+    shown = yaml.safe_load(out)
+    assert (shown["optimizer"]["learning_rate"], shown["dataloader"]["seed"]) == (0.1, 7)
+    assert shown["paths"]["graph"] == str(tmp_path / "graphs")
+    assert "learning_rate -> optimizer.learning_rate" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("optimizer: [", ["valid YAML"]),
+        ("optimizer: {learning_rat: 1}", ["learning_rat", "learning_rate"]),
+        ("optimizer: {learning_rate: fast}", ["optimizer.learning_rate", "a number", "fast"]),
+    ],
+)
+def test_a_wrong_config_file(text: str, parts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    for command in (["config", "--show"], ["run", "--config"]):
+        err = refused(capsys, *command, path)
+        for part in ["own.yaml", *parts]:
+            assert part in err
+
+
+# --- run
+
+
+def test_a_run_keeps_what_its_flags_said(root: Path):
+    run = find_run(root, "first")
+    metadata = read_metadata(run)
+    assert (metadata["status"], metadata["notes"], metadata["trial_label"]) == (
+        "completed",
+        "a note",
+        "trial",
+    )
+    assert metadata["training_parameters"]["logging"]["log_lr"] is True
+    assert len(read_metrics(run)) == 2
+
+
+def test_a_fine_tune_has_a_parent(root: Path):
+    lineage = read_metadata(find_run(root, "child"))["lineage"]
+    assert lineage["mode"] == "fine-tune"
+    assert "first" in lineage["parent_checkpoint"]
+
+
+def test_a_training_that_fails_is_recorded(root: Path):
+    metadata = read_metadata(find_run(root, "diverged"))
+    assert metadata["status"] == "failed"
+    assert "finite" in metadata["reason"]
+
+
+def test_flags_are_overrides(demo: DemoPaths, tmp_path: Path):
+    flags = ["--fast-dev-run", "--limit-train-batches", "0.5", "--limit-val-batches", "1"]
+    common = ["run", "--config", "config.yaml", "--output-root", str(tmp_path), "--run-name", "a"]
+    assert main([*common, *on_tiny_data(demo), *flags]) == 0
+    trainer = read_metadata(tmp_path / "a")["training_parameters"]["trainer"]
+    found = [trainer[key] for key in ("fast_dev_run", "limit_train_batches", "limit_val_batches")]
+    assert found == [True, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--run-name", "first"], ["first", "a run name that is free"]),
+        (["--resume-from", "absent.ckpt"], ["absent.ckpt"]),
+        (["--override", "paths.graph=absent_graphs"], ["absent_graphs"]),
+        (["--limit-train-batches", "-1"], ["limit_train_batches"]),
+        (["--override", "seed"], ["key=value"]),
+    ],
+)
+def test_what_a_run_refuses(
+    root: Path, demo: DemoPaths, arguments: list, parts: list, capsys: pytest.CaptureFixture
+):
+    before = sorted(path.name for path in root.iterdir())
+    common = ["run", "--config", "config.yaml", "--output-root", root, *on_tiny_data(demo)]
+    err = refused(capsys, *common, *arguments)
+    for part in parts:
+        assert part in err
+    assert sorted(path.name for path in root.iterdir()) == before
+
+
+@pytest.mark.parametrize(("header", "part"), [("NAME,dockq", "MODEL"), ("MODEL,DockQ", "dockq")])
+def test_labels_without_their_columns(header: str, part: str, demo: DemoPaths, tmp_path: Path, capsys):
+    labels = tmp_path / "labels.csv"
+    labels.write_text(f"{header}\na,0.5\n")
+    common = ["run", "--config", "config.yaml", "--output-root", tmp_path / "runs", *on_tiny_data(demo)]
+    both = ["--override", f"paths.train_labels={labels}", "--override", f"paths.val_labels={labels}"]
+    err = refused(capsys, *common, *both)
+    assert "labels.csv" in err
+    assert part in err
+
+
+def test_a_sigterm_ends_a_run_with_143(demo: DemoPaths, tmp_path: Path):
+    long = ["--override", "num_epochs=100000", "--override", "early_stopping_patience=100000"]
+    words = [
+        "run",
+        "--config",
+        "config.yaml",
+        "--run-name",
+        "a",
+        "--output-root",
+        tmp_path,
+        *on_tiny_data(demo),
+        *long,
+    ]
+    command = [sys.executable, "-m", "topoqa_nb.cli", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("Epoch 000"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in err
+    assert read_metadata(tmp_path / "a")["status"] == "interrupted"
+
+
+# --- how a process ends
+
+
+def test_failures_of_a_training_and_surprises_exit_with_1(monkeypatch: pytest.MonkeyPatch, capsys):
+    problems = [TrainingError("epoch 1", "a finite loss", "nan", "lower it"), ZeroDivisionError("surprise")]
+    import topoqa_nb.training
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise problems.pop(0)
+
+    monkeypatch.setattr(topoqa_nb.training, "train", fail)
+    assert main(["run", "--config", "config.yaml"]) == 1
+    assert capsys.readouterr().err == "topoqa: error: epoch 1: expected a finite loss, found nan; lower it\n"
+    assert main(["run", "--config", "config.yaml"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_a_training_began_is_130(monkeypatch: pytest.MonkeyPatch):
+    import topoqa_nb.training
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(topoqa_nb.training, "train", interrupt)
+    assert main(["run", "--config", "config.yaml"]) == 130
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "topoqa_nb.cli", "config", "--show", "config.yaml"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert set(done.stderr.splitlines()) <= {
+        note for note in done.stderr.splitlines() if "shipped file" in note
+    }
+
+
+# --- looking at runs
+
+
+@pytest.mark.parametrize("style", ["id", "dir"])
+def test_summarise_is_json_alone(root: Path, style: str, capsys: pytest.CaptureFixture):
+    chosen = (
+        ["--root", str(root), "--run-id", "first"] if style == "id" else ["--run-dir", str(root / "first")]
+    )
+    assert main(["summarise", *chosen]) == 0
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert err == ""
+    assert (summary["run_name"], summary["status"]) == ("first", "completed")
+    assert Path(summary["best_checkpoint"]).exists()
+
+
+def test_summarise_latest_and_unknown(root: Path, capsys: pytest.CaptureFixture):
+    assert main(["summarise", "--root", str(root), "--run-id", "latest"]) == 0
+    assert json.loads(capsys.readouterr().out)["run_name"] == "diverged"
+    assert "did you mean first?" in refused(capsys, "summarise", "--root", root, "--run-id", "frist")
+
+
+def test_leaderboard_in_three_forms(root: Path, capsys: pytest.CaptureFixture):
+    said = {}
+    for form in ("table", "json", "csv"):
+        assert main(["leaderboard", "--root", str(root), "--format", form]) == 0
+        said[form], err = capsys.readouterr()
+        assert err == ""
+    rows = json.loads(said["json"])
+    assert [row["run_name"] for row in csv.DictReader(io.StringIO(said["csv"]))] == [
+        row["run_name"] for row in rows
+    ]
+    lines = said["table"].splitlines()
+    assert lines[0].split()[:3] == ["rank", "run_name", "status"]
+    assert [line.split()[1] for line in lines[1:3]] == [row["run_name"] for row in rows[:2]]
+    assert {row["run_name"] for row in rows} == {"first", "child", "diverged"}
+
+
+def test_leaderboard_limit_and_empty_root(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(["leaderboard", "--root", str(root), "--limit", "1", "--format", "json"]) == 0
+    scored = [row for row in json.loads(capsys.readouterr().out) if row["score"] is not None]
+    assert len(scored) == 1
+    for form, nothing in (("json", "[]"), ("table", "no runs"), ("csv", "")):
+        assert main(["leaderboard", "--root", str(tmp_path), "--format", form]) == 0
+        assert capsys.readouterr().out.strip() == nothing
+    refused(capsys, "leaderboard", "--root", tmp_path / "absent")
+
+
+# --- batch, pipeline, fine-tune: what would run
+
+
+def test_a_dry_batch_shows_the_jobs_and_starts_nothing(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["batch", "--manifest", "run_demo.yaml", "--dry-run", "--override", "seed=5", "--limit", "2"])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "sched_boost_seed222: " in shown
+    assert "sched_boost_lr035_seed222: " in shown
+    assert "large_batch" not in shown
+    assert shown.count("dataloader.seed = 5") == 2
+    assert f"{tmp_path}/training_runs/sched_boost_seed222_" in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [(None, "manifest.yaml"), ("jobs: []", "jobs"), ("jobs: [{name: a, config: no.yaml}]", "no.yaml")],
+)
+def test_what_a_batch_refuses(text: str | None, part: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    path = tmp_path / "manifest.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert part in refused(capsys, "batch", "--manifest", path)
+
+
+@pytest.mark.parametrize(("status", "code"), [("completed", 0), ("failed", 1)])
+def test_a_batch_ends_with_its_table_and_a_code(status: str, code: int, tmp_path: Path, monkeypatch, capsys):
+    import topoqa_nb.sweep
+
+    given = {}
+
+    def pretend(planned: list, **options: object) -> topoqa_nb.sweep.SweepResult:
+        given.update(options, names=[job.name for job in planned])
+        return topoqa_nb.sweep.SweepResult(
+            (topoqa_nb.sweep.JobResult("a", tmp_path, status, -0.25, seconds=3.0),)
+        )
+
+    monkeypatch.setattr(topoqa_nb.sweep, "run_jobs", pretend)
+    words = ["--limit", "2", "--jobs", "3", "--skip-completed", "--output-root", str(tmp_path)]
+    assert main(["batch", "--manifest", "run_core.yaml", *words]) == code
+    assert given.pop("names") == ["sched_boost_seed222", "sched_boost_lr035_seed222"]
+    assert given == {"jobs": 3, "continue_on_error": False, "skip_completed": True, "executor": "local"}
+    assert capsys.readouterr().out.splitlines()[1].split() == ["a", status, "-0.25000", "3.0"]
+
+
+def test_ray_is_refused_with_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture):
+    err = refused(
+        capsys, "batch", "--manifest", "run_demo.yaml", "--executor", "ray", "--output-root", tmp_path
+    )
+    assert "local" in err
+
+
+def test_papermill_pairs():
+    assert joined_pairs(["-p", "a", "b c", "-p", "d", "-1"]) == [
+        "--parameter",
+        "a=b c",
+        "--parameter",
+        "d=-1",
+    ]
+    assert joined_pairs(["--jobs", "2", "-p", "a"]) == ["--jobs", "2", "-p", "a"]
+
+
+def test_a_dry_pipeline_starts_nothing(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    assert (
+        main(["pipeline", "--dry-run", "--jobs", "2", "--override", "seed=5", "-p", "skip_fine", "true"]) == 0
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert [job["stage"] for job in plan["jobs"]] == ["sweep"] * 3
+    assert {job["dataloader.seed"] for job in plan["jobs"]} == {5}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
+    from topoqa_nb.pipeline import PipelineParameters
+
+    assert main(["pipeline", "--help"]) == 0
+    shown = capsys.readouterr().out
+    singular = {
+        "phase2_configs": "phase2_config",
+        "overrides": "override",
+        "phase_overrides": "phase_override",
+    }
+    for name in PipelineParameters.model_fields:
+        assert f"--{singular.get(name, name).replace('_', '-')} " in shown, name
+
+
+def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    import topoqa_nb.pipeline
+
+    given = {}
+
+    def record(values: dict) -> dict:
+        given.update(values)
+        final = {"checkpoint": "a", "primary_metric": "selection_metric", "score": -0.5, "run_name": "a"}
+        return {"reports_dir": str(tmp_path), "run_root": str(tmp_path), "final": final}
+
+    monkeypatch.setattr(topoqa_nb.pipeline, "run_pipeline", record)
+    names = "graph_dir train_labels val_labels test_labels manifest run_root reports_dir resume_from phase1_config"
+    words = [word for name in names.split() for word in (f"--{name.replace('_', '-')}", f"{name}.x")]
+    words += ["--skip-sweep", "--skip-fine", "--fast-dev-run", "--phase2-from", "sweep", "--num-workers", "2"]
+    words += ["--jobs", "3", "--executor", "local", "--phase2-config", "a", "--phase2-config", "b"]
+    words += ["--override", "seed=1", "--phase-override", "seed=2", "-p", "jobs", "auto"]
+    assert main(["pipeline", *words]) == 0
+    assert given == {name: f"{name}.x" for name in names.split()} | {
+        "skip_sweep": True,
+        "skip_fine": True,
+        "fast_dev_run": True,
+        "phase2_from": "sweep",
+        "num_workers": 2,
+        "jobs": "auto",
+        "executor": "local",
+        "phase2_configs": ["a", "b"],
+        "overrides": ["seed=1"],
+        "phase_overrides": ["seed=2"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["-p", "graph_dri", "x"], ["graph_dri", "did you mean graph_dir?"]),
+        (["-p", "skip_sweep", "maybe"], ["skip_sweep", "maybe"]),
+        (["-p", "jobs"], ["-p"]),
+        (["--override", "sed=1"], ["sed", "seed"]),
+        (["--manifest", "run_cor.yaml"], ["run_cor.yaml", "run_core.yaml"]),
+        (["--resume-from", "absent.ckpt"], ["absent.ckpt"]),
+    ],
+)
+def test_what_a_pipeline_refuses(arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    err = refused(capsys, "pipeline", "--dry-run", *arguments)
+    for part in parts:
+        assert part in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fine_tune_takes_its_data_from_the_run(root: Path, demo: DemoPaths, capsys: pytest.CaptureFixture):
+    checkpoint = root / "first" / "model_checkpoints" / "best.ckpt"
+    starts = [["--run-dir", root / "first"], ["--checkpoint", checkpoint]]
+    for start in starts:
+        assert main(["fine-tune", "--dry-run", "--run-root", str(root), *map(str, start)]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["data"]["paths.graph"] == str(demo.graph_dir)
+        assert plan["run_root"] == str(root)
+        assert [job["run_name"] for job in plan["jobs"]] == [
+            "first_phase1",
+            *(f"first_phase2_seed{seed}" for seed in (101, 555, 888)),
+        ]
+
+
+def test_a_fine_tune_without_a_start_takes_the_best_run(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert main(["leaderboard", "--root", str(root), "--format", "json"]) == 0
+    best = json.loads(capsys.readouterr().out)[0]["run_name"]
+    assert main(["fine-tune", "--dry-run", "--run-root", str(root)]) == 0
+    assert json.loads(capsys.readouterr().out)["jobs"][0]["run_name"] == f"{best}_phase1"
+    assert "a completed run" in refused(capsys, "fine-tune", "--run-root", tmp_path)
+
+
+# --- demo data
+
+
+def test_demo_data_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture):
+    started = time.monotonic()
+    assert main(["demo-data", "--out", str(tmp_path / "demo")]) == 0
+    first = capsys.readouterr().out
+    assert "ynthetic" in first
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()}
+    assert main(["demo-data", "--out", str(tmp_path / "demo")]) == 0
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "demo").rglob("*") if path.is_file()
+    } == written
+    assert time.monotonic() - started < 60
+
+
+def test_demo_data_never_overwrite_a_folder_of_somebody_else(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "thesis.txt").write_text("mine")
+    refused(capsys, "demo-data", "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

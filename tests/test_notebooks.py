@@ -1,0 +1,231 @@
+"The notebooks of pipelines/: their form, and a whole tiny pipeline through papermill."
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from topoqa_nb.core import TrainingError, read_json, write_text
+from topoqa_nb.demo import write_tiny_dataset
+from topoqa_nb.pipeline import STAGES, PipelineParameters, run_pipeline
+from topoqa_nb.selection import best_checkpoint
+
+PIPELINES = Path(__file__).resolve().parent.parent / "pipelines"
+NAMES = [*STAGES, "full_pipeline"]
+
+
+def cells(name, kind="code"):
+    notebook = nbformat.read(PIPELINES / f"{name}.ipynb", 4)
+    return [cell for cell in notebook.cells if cell.cell_type == kind]
+
+
+def parameter_cell(name):
+    (cell,) = [cell for cell in cells(name) if "parameters" in cell.metadata.get("tags", [])]
+    return cell.source
+
+
+# --- form
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_typed_and_commented(name):
+    source = parameter_cell(name)
+    lines = source.splitlines()
+    for assignment in ast.parse(source).body:
+        assert isinstance(assignment, ast.AnnAssign), ast.unparse(assignment)
+        assert "  # " in lines[assignment.end_lineno - 1], assignment.target.id
+    assert not source.startswith("# Parameters\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_notebooks_have_the_parameters_of_the_pipeline(name):
+    assert parameter_cell(name) == parameter_cell("full_pipeline")
+    values = {}
+    exec(parameter_cell(name), values)
+    defaults = PipelineParameters()
+    for field in PipelineParameters.model_fields:
+        assert getattr(PipelineParameters(**{field: values[field]}), field) == getattr(defaults, field), field
+    assert {line.target.id for line in ast.parse(parameter_cell(name)).body} == set(
+        PipelineParameters.model_fields
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_papermill_can_read_the_parameters(name, caplog):
+    found = papermill.inspect_notebook(str(PIPELINES / f"{name}.ipynb"))
+    assert set(found) == set(PipelineParameters.model_fields)
+    assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in found.values())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebooks_hold_no_logic(name):
+    logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.For, ast.While, ast.Try)
+    for cell in cells(name):
+        found = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, logic)]
+        assert not found, cell.source
+        assert not cell.outputs and cell.execution_count is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_is_handed_on(name):
+    source = "\n".join(cell.source for cell in cells(name))
+    for field in PipelineParameters.model_fields:
+        assert f"{field}={field}," in source
+
+
+# --- unknown parameter
+
+
+def test_an_unknown_parameter_ends_papermill_with_the_nearest_name(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(PIPELINES / "sweep.ipynb"),
+        "out.ipynb",
+        "-p",
+        "graph_dri",
+        "x",
+    ]
+    ended = subprocess.run(
+        [*command, "--log-level", "ERROR", "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert "did you mean graph_dir?" in ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ipynb"]
+
+
+# --- a whole pipeline
+
+MANIFEST = """
+shared: {overrides: {trainer.num_epochs: 2, trainer.accumulate_grad_batches: 1}}
+jobs:
+  - {name: plain, config: base.yaml}
+  - {name: lower, config: base.yaml, overrides: {optimizer.learning_rate: RATE}}
+"""
+BASE = "model: {hidden_dim: 8, attention_head: 2}\ndataloader: {batch_size: 4}\n"
+
+
+def outcome(parameters):
+    "The summary, or the error that the pipeline ended with."
+    try:
+        return run_pipeline(parameters)
+    except TrainingError as error:
+        return error
+
+
+@pytest.fixture(scope="module")
+def attempts(tmp_path_factory):
+    "A pipeline whose second job cannot be trained, and the same one after its manifest was mended."
+    folder = tmp_path_factory.mktemp("pipeline").resolve()
+    tiny = write_tiny_dataset(folder / "data", targets=4, decoys=4)
+    write_text(folder / "base.yaml", BASE)
+    parameters = {
+        "graph_dir": "data/" + str(tiny.graph_dir.relative_to(folder / "data")),
+        "train_labels": str(tiny.train_labels),
+        "val_labels": str(tiny.val_labels),
+        "test_labels": str(tiny.val_labels),
+        "manifest": "two.yaml",
+        "phase1_config": "base.yaml",
+        "phase2_configs": ["base.yaml"],
+        "run_root": "runs",
+        "reports_dir": "reports",
+        "overrides": ["dataloader.seed=101"],
+        "phase_overrides": ["trainer.num_epochs=1"],
+    }
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        write_text(folder / "two.yaml", MANIFEST.replace("RATE", "1.0e+30"))
+        first = outcome(parameters)
+        records = {
+            stage: read_json(file)
+            for stage in STAGES
+            if (file := folder / "reports" / f"{stage}.json").exists()
+        }
+        pages = [path.name for path in (folder / "reports").glob("*.html")]
+        write_text(folder / "two.yaml", MANIFEST.replace("RATE", "0.001"))
+        second = outcome(parameters)
+    finally:
+        os.chdir(before)
+    return {"folder": folder, "first": first, "records": records, "pages": pages, "second": second}
+
+
+def test_a_failed_stage_is_told_as_it_was(attempts):
+    assert isinstance(attempts["first"], TrainingError)
+    assert "sweep, job lower" in str(attempts["first"])
+    assert "finite" in str(attempts["first"])
+    assert list(attempts["records"]) == ["sweep"]
+    assert attempts["records"]["sweep"]["status"] == "failed"
+    assert "full_pipeline.html" in attempts["pages"]
+
+
+def test_a_second_start_completes_the_pipeline(attempts):
+    summary = attempts["second"]
+    assert summary["status"] == "completed"
+    kept = [job["run_name"] for job in attempts["records"]["sweep"]["jobs"] if job["name"] == "plain"]
+    sweep = summary["stages"]["sweep"]
+    assert [job["run_name"] for job in sweep["jobs"]][:1] == kept
+    counts = {stage: [run["status"] for run in record["runs"]] for stage, record in summary["stages"].items()}
+    assert counts == {"sweep": ["completed"] * 2, "phase1": ["completed"], "phase2": ["completed"]}
+
+
+def test_the_summary_names_the_answer_and_where_it_comes_from(attempts):
+    summary, root = attempts["second"], attempts["folder"] / "runs"
+    base = summary["stages"]["sweep"]["best"]["run_name"]
+    assert summary["stages"]["phase1"]["runs"][0]["run_name"] == f"{base}_phase1"
+    assert summary["stages"]["phase2"]["runs"][0]["run_name"] == f"{base}_phase2_seed101"
+    scores = [run["score"] for record in summary["stages"].values() for run in record["runs"]]
+    assert summary["final"]["score"] == pytest.approx(min(scores), abs=1e-6)
+    final = root / summary["final"]["run_dir"]
+    assert (
+        best_checkpoint(final / "model_checkpoints").resolve()
+        == (root / summary["final"]["checkpoint"]).resolve()
+    )
+    assert summary["lineage"][0]["stage"] == "sweep"
+    assert summary["test"]["metrics"]["loss"] == pytest.approx(summary["final"]["val_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_executed_notebooks_are_reports(attempts, name):
+    reports = attempts["folder"] / "reports"
+    outputs = [
+        output
+        for cell in nbformat.read(reports / f"{name}.ipynb", 4).cells
+        for output in cell.get("outputs", [])
+    ]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"], "a report without warnings"
+    assert [output for output in outputs if "image/png" in output.get("data", {})]
+    assert "<table" in (reports / f"{name}.html").read_text(encoding="utf-8")
+
+
+def test_the_report_shows_the_sections_of_the_contract(attempts):
+    notebook = nbformat.read(attempts["folder"] / "reports" / "full_pipeline.ipynb", 4)
+    text = json.dumps(notebook)
+    for words in (
+        "coverage (%)",
+        "interface",
+        "has the lowest selection_metric",
+        "outcome",
+        "training mean",
+        "ridge",
+        "test.csv|val.csv",
+        "started from",
+    ):
+        assert re.search(words, text) or words in text, words
+    figures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(figures) == 4

@@ -1,0 +1,427 @@
+"The pipeline's decisions: what runs, under which name, from which checkpoint, and what a second start does."
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from topoqa_nb import pipeline as pipeline_module
+from topoqa_nb.core import CheckpointError, ConfigError, RunError, TrainingError, read_json, write_text
+from topoqa_nb.demo import write_tiny_dataset
+from topoqa_nb.pipeline import (
+    DEMO_PHASES,
+    PipelineParameters,
+    absolute_parameters,
+    check_parameters,
+    execute_stage,
+    finish,
+    injected_names,
+    open_pipeline,
+    phase1_stage,
+    phase2_stage,
+    pipeline_parameters,
+    plan_pipeline,
+    read_stage,
+    run_pipeline,
+    sweep_stage,
+)
+from topoqa_nb.runs import create_run, update_metadata
+from topoqa_nb.sweep import JobResult, SweepResult
+from topoqa_nb.training import Interrupted, open_data
+
+MANIFEST = """
+shared: {overrides: {trainer.num_epochs: 2}}
+jobs:
+  - {name: plain, config: sched_boost_seed222.yaml}
+  - {name: lr035, config: sched_boost_lr035_seed222.yaml}
+"""
+
+
+class StandIn:
+    "Writes the run directories that trainings would leave, and remembers what it was asked."
+
+    def __init__(self, scores=None, dies=(), fingerprint=None, improved=None):
+        self.scores, self.dies, self.fingerprint, self.improved = scores or {}, dies, fingerprint, improved
+        self.asked = []
+
+    def __call__(self, waiting, **options):
+        return SweepResult(tuple(self.run(job) for job in waiting))
+
+    def run(self, job):
+        self.asked.append(job)
+        config = job.loaded.config
+        run = create_run(config.paths.save_dir, job.run_name, job.loaded, config, command=["stand-in"])
+        score = self.scores.get(job.name, -0.5)
+        checkpoint = f"checkpoint.sel-{score:.5f}_val-0.05000_epoch001.chkpt"
+        write_text(run.checkpoints / checkpoint, "weights")
+        status = "failed" if job.name in self.dies else "completed"
+        parent = {"parent_checkpoint": job.resume_from, "parent_score": {"selection_metric": -0.5}}
+        update_metadata(
+            run,
+            status=status,
+            selection={
+                "primary_metric": config.selection.primary_metric,
+                "best_score": score,
+                "best_epoch": 1,
+                "best_val_loss": 0.05,
+                "best_val_spearman": 0.5,
+            },
+            checkpoints={"best": checkpoint},
+            lineage=parent | {"improved_on_parent": self.improved} if job.resume_from else {"mode": "fresh"},
+            data={"fingerprint": self.fingerprint},
+        )
+        return JobResult(job.name, run.path, status, reason="out of memory")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny_dataset(tmp_path / "data")
+
+
+@pytest.fixture
+def given(tmp_path, tiny):
+    "Parameters as a caller would write them."
+    return {
+        "graph_dir": str(tiny.graph_dir),
+        "train_labels": str(tiny.train_labels),
+        "val_labels": str(tiny.val_labels),
+        "manifest": str(write_text(tmp_path / "two.yaml", MANIFEST)),
+        "run_root": str(tmp_path / "runs"),
+        "reports_dir": str(tmp_path / "reports"),
+    }
+
+
+def absolute(values, base):
+    return absolute_parameters(pipeline_parameters(values), Path(base))
+
+
+def opened(values, base):
+    return open_pipeline(absolute(values, base))
+
+
+# --- parameters
+
+
+def test_every_parameter_of_the_contract_has_a_default():
+    names = """graph_dir train_labels val_labels manifest run_root skip_sweep skip_fine resume_from test_labels
+    phase1_config phase2_configs phase2_from num_workers jobs executor fast_dev_run overrides phase_overrides
+    reports_dir"""
+    assert set(PipelineParameters.model_fields) == set(names.split())
+    assert PipelineParameters().phase2_from == "phase1"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("skip_fine", 1), ("num_workers", -1), ("num_workers", True), ("jobs", "many"), ("phase2_from", "x")],
+)
+def test_values_of_the_wrong_kind_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"pipeline parameter {name}"):
+        pipeline_parameters({name: value})
+
+
+def test_an_unknown_name_that_papermill_assigned_is_refused(monkeypatch):
+    class Shell:
+        class history_manager:
+            input_hist_raw = ["", "graph_dir: str = None", '# Parameters\ngraph_dri = "x"\nIn = 1\n']
+
+    monkeypatch.setattr(pipeline_module, "get_ipython", Shell)
+    with pytest.raises(ConfigError, match=r"graph_dri.*did you mean graph_dir\?"):
+        check_parameters(graph_dir=None)
+
+
+def test_without_papermill_there_is_nothing_to_refuse():
+    assert check_parameters(jobs=2).jobs == 2
+    assert injected_names([]) == []
+
+
+def test_relative_paths_belong_to_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parameters = check_parameters(graph_dir="graphs", run_root="runs", overrides=["paths.summary=s.json"])
+    assert parameters.graph_dir == tmp_path / "graphs"
+    assert parameters.run_root == tmp_path / "runs"
+    assert Path(parameters.overrides["paths.summary"]) == tmp_path / "s.json"
+
+
+# --- before anything runs
+
+
+def test_a_mistake_for_phase_2_is_found_before_the_sweep(given, tmp_path):
+    broken = write_text(tmp_path / "phase2.yaml", "optimizer: {learning_rat: 0.1}")
+    with pytest.raises(ConfigError, match="learning_rate"):
+        opened(given | {"phase2_configs": [str(broken)]}, tmp_path)
+    assert not (tmp_path / "reports").exists()
+
+
+def test_missing_files_are_found_before_the_sweep(given, tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        opened(given | {"resume_from": "absent.ckpt"}, tmp_path)
+    with pytest.raises(ConfigError, match="run_cor.yaml"):
+        opened(given | {"manifest": "run_cor.yaml"}, tmp_path)
+
+
+def test_two_metrics_in_one_pipeline_are_refused(given, tmp_path):
+    with pytest.raises(ConfigError, match="one metric"):
+        opened(given | {"phase_overrides": ["selection.primary_metric=val_loss"]}, tmp_path)
+    opened(given | {"overrides": ["selection.primary_metric=val_loss"]}, tmp_path)
+
+
+def test_the_plan_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = plan_pipeline(absolute({}, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    assert [job["stage"] for job in plan["jobs"]] == ["sweep"] * 3 + ["phase1"] + ["phase2"] * 3
+    assert plan["jobs"][3]["trainer.num_epochs"] == DEMO_PHASES["trainer.num_epochs"]
+    json.dumps(plan)
+
+
+def test_default_manifest_and_phases_depend_on_the_data(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(plan_pipeline(absolute({}, tmp_path))["manifest"]).name == "run_demo.yaml"
+    real = {name: given[name] for name in ("graph_dir", "train_labels", "val_labels")}
+    plan = plan_pipeline(absolute(real, tmp_path))
+    assert Path(plan["manifest"]).name == "run_core.yaml"
+    assert plan["jobs"][3]["trainer.num_epochs"] == 120
+    by_override = {
+        "overrides": [
+            f"paths.graph={given['graph_dir']}",
+            *(f"paths.{name}={given[name]}" for name in ("train_labels", "val_labels")),
+        ]
+    }
+    assert Path(plan_pipeline(absolute(by_override, tmp_path))["manifest"]).name == "run_core.yaml"
+
+
+# --- stages
+
+
+def test_overrides_reach_all_stages_and_phase_overrides_the_phases(given, tmp_path):
+    run = opened(
+        given | {"overrides": "model.hidden_dim=8", "phase_overrides": {"trainer.num_epochs": 5}}, tmp_path
+    )
+    jobs = StandIn()
+    sweep_stage(run, jobs), phase1_stage(run, jobs), phase2_stage(run, jobs)
+    assert {job.loaded.config.model.hidden_dim for job in jobs.asked} == {8}
+    assert [job.loaded.config.trainer.num_epochs for job in jobs.asked] == [2, 2, 5, 5, 5, 5]
+    assert {job.loaded.config.paths.graph for job in jobs.asked} == {Path(given["graph_dir"])}
+
+
+def test_names_and_starts_of_the_phases(given, tmp_path):
+    run, jobs = opened(given, tmp_path), StandIn({"plain": -0.4, "lr035": -0.6})
+    winner = sweep_stage(run, jobs)["best"]
+    assert winner["run_name"].startswith("lr035_")
+    phase1, phase2 = phase1_stage(run, jobs), phase2_stage(run, jobs)
+    assert [row["run_name"] for row in phase1["runs"]] == [f"{winner['run_name']}_phase1"]
+    names = [f"{winner['run_name']}_phase2_seed{seed}" for seed in (101, 555, 888)]
+    assert [row["run_name"] for row in phase2["runs"]] == names
+    starts = {str(job.resume_from.relative_to(run.run_root)) for job in jobs.asked[3:]}
+    assert starts == {phase1["best"]["checkpoint"]}
+
+
+def test_phase_2_may_start_from_the_sweep(given, tmp_path):
+    run, jobs = opened(given | {"phase2_from": "sweep"}, tmp_path), StandIn()
+    best = sweep_stage(run, jobs)["best"]
+    phase1_stage(run, jobs), phase2_stage(run, jobs)
+    assert {str(job.resume_from.relative_to(run.run_root)) for job in jobs.asked[3:]} == {best["checkpoint"]}
+
+
+@pytest.mark.parametrize("phase2_from", ["phase1", "sweep"])
+def test_resume_from_replaces_the_start_but_not_the_sweep(given, tmp_path, phase2_from):
+    foreign = write_text(tmp_path / "published.pt", "weights")
+    run = opened(given | {"resume_from": "published.pt", "phase2_from": phase2_from}, tmp_path)
+    jobs = StandIn()
+    sweep_stage(run, jobs), phase1_stage(run, jobs), phase2_stage(run, jobs)
+    assert [job.name for job in jobs.asked[:2]] == ["plain", "lr035"]
+    assert jobs.asked[2].run_name == "published_phase1"
+    assert jobs.asked[2].resume_from == foreign.resolve()
+    assert (jobs.asked[3].resume_from == foreign.resolve()) == (phase2_from == "sweep")
+
+
+def test_a_checkpoint_inside_a_run_gives_the_runs_name(given, tmp_path):
+    run, jobs = opened(given, tmp_path), StandIn()
+    sweep_stage(run, jobs)
+    old = phase1_stage(run, jobs)["best"]
+    again = given | {
+        "resume_from": str(tmp_path / "runs" / old["checkpoint"]),
+        "reports_dir": str(tmp_path / "again"),
+    }
+    start = sweep_stage(opened(again, tmp_path), StandIn())["start"]
+    assert start["name"] == sweep_stage(run)["start"]["name"]
+
+
+def test_a_name_that_exists_gets_a_counter(given, tmp_path):
+    write_text(tmp_path / "published.pt", "weights")
+    run = opened(given | {"resume_from": "published.pt"}, tmp_path)
+    sweep_stage(run, StandIn())
+    for taken in ("published_phase1", "history/published_phase1_2"):
+        (run.run_root / taken).mkdir(parents=True)
+    assert phase1_stage(run, StandIn())["best"]["run_name"] == "published_phase1_3"
+
+
+def test_skip_sweep_compares_completed_runs_on_the_same_data(given, tmp_path):
+    first = opened(given, tmp_path)
+    fingerprint = open_data(pipeline_module.fine_tune_config(first)).fingerprint
+    sweep_stage(first, StandIn({"plain": -0.4, "lr035": -0.6}, fingerprint=fingerprint))
+    phase1_stage(first, StandIn({}, fingerprint="another data set"))
+    archived = Path(given["run_root"]) / sweep_stage(first)["best"]["run_dir"]
+    (Path(given["run_root"]) / "history").mkdir()
+    archived.rename(Path(given["run_root"]) / "history" / archived.name)
+    later = opened(given | {"skip_sweep": True, "reports_dir": str(tmp_path / "later")}, tmp_path)
+    record = sweep_stage(later, runner=None)
+    assert {row["run_name"] for row in record["runs"]} == {
+        row["run_name"] for row in sweep_stage(first)["runs"]
+    }
+    assert record["start"]["checkpoint"].startswith("history/lr035_")
+    by_loss = given | {
+        "skip_sweep": True,
+        "reports_dir": str(tmp_path / "loss"),
+        "overrides": ["selection.primary_metric=val_loss"],
+    }
+    with pytest.raises(RunError, match="a completed run on these data"):
+        sweep_stage(opened(by_loss, tmp_path), runner=None)
+
+
+def test_skip_sweep_cuts_the_ending_of_a_phase(given, tmp_path):
+    first = opened(given, tmp_path)
+    fingerprint = open_data(pipeline_module.fine_tune_config(first)).fingerprint
+    base = sweep_stage(first, StandIn(fingerprint=fingerprint))["start"]["name"]
+    phase1_stage(first, StandIn({f"{base}_phase1": -0.9}, fingerprint=fingerprint, improved=True))
+    later = opened(given | {"skip_sweep": True, "reports_dir": str(tmp_path / "later")}, tmp_path)
+    jobs = StandIn(fingerprint=fingerprint)
+    phase1_stage(later, jobs)
+    assert jobs.asked[0].run_name == f"{base}_phase1_2"
+    assert f"{base}_phase1/" in str(jobs.asked[0].resume_from)
+
+
+def test_a_fine_tune_has_the_shape_of_its_parent(given, tmp_path):
+    write_text(given["manifest"], MANIFEST.replace("sched_boost_lr035_seed222.yaml", "wide.yaml"))
+    write_text(tmp_path / "wide.yaml", "model: {hidden_dim: 48, dropout: 0.5}")
+    run, jobs = opened(given, tmp_path), StandIn({"lr035": -0.9})
+    sweep_stage(run, jobs), phase1_stage(run, jobs), phase2_stage(run, jobs)
+    assert {job.loaded.config.model.hidden_dim for job in jobs.asked[2:]} == {48}
+    assert {job.loaded.config.model.dropout for job in jobs.asked[2:]} == {0.25}
+
+
+# --- failures and second starts
+
+
+def test_a_second_start_runs_only_what_is_missing(given, tmp_path):
+    run = opened(given, tmp_path)
+    with pytest.raises(TrainingError, match="sweep, job lr035: .*out of memory"):
+        sweep_stage(run, StandIn(dies=["lr035"]))
+    assert read_stage(run.reports_dir, "sweep")["status"] == "failed"
+    again = StandIn()
+    record = sweep_stage(opened(given, tmp_path), again)
+    assert [job.name for job in again.asked] == ["lr035"]
+    assert len(record["runs"]) == 2
+
+
+def test_a_run_whose_configuration_changed_is_run_again(given, tmp_path):
+    with pytest.raises(TrainingError):
+        sweep_stage(opened(given, tmp_path), StandIn(dies=["lr035"]))
+    write_text(given["manifest"], MANIFEST.replace("num_epochs: 2", "num_epochs: 3"))
+    again = StandIn()
+    sweep_stage(opened(given, tmp_path), again)
+    assert [job.name for job in again.asked] == ["plain", "lr035"]
+
+
+def test_a_stage_whose_kernel_was_killed_is_started_again(given, tmp_path):
+    run = opened(given, tmp_path)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(waiting, **options):
+        StandIn()(waiting[:1])
+        raise Killed
+
+    with pytest.raises(Killed):
+        sweep_stage(run, killed)
+    file = run.reports_dir / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"status": "running"}))
+    again = StandIn()
+    assert sweep_stage(run, again)["status"] == "completed"
+    assert [job.name for job in again.asked] == ["lr035"]
+
+
+def test_other_parameters_are_refused(given, tmp_path):
+    opened(given, tmp_path)
+    with pytest.raises(ConfigError, match="phase_overrides.*another reports_dir"):
+        opened(given | {"phase_overrides": "seed=1"}, tmp_path)
+
+
+def test_a_sweep_may_go_on_after_a_failed_job(given, tmp_path):
+    write_text(given["manifest"], MANIFEST + "continue_on_error: true\n")
+    record = sweep_stage(opened(given, tmp_path), StandIn(dies=["lr035"]))
+    assert [row["status"] for row in record["runs"]] == ["completed", "failed"]
+    assert record["best"]["run_name"].startswith("plain_")
+
+
+def test_success_is_read_from_the_stage_file_and_not_from_papermill(given, tmp_path, monkeypatch):
+    run = opened(given, tmp_path)
+
+    def papermill_is_content(name, reports_dir, parameters):
+        (reports_dir / "sweep.json").write_text('{"stage": "sweep", "status": "running"}')
+
+    monkeypatch.setattr(pipeline_module, "execute_notebook", papermill_is_content)
+    with pytest.raises(TrainingError, match="its kernel was stopped"):
+        execute_stage(run, "sweep")
+
+    def report_breaks(name, reports_dir, parameters):
+        sweep_stage(run, StandIn())
+        return ValueError("a figure failed")
+
+    monkeypatch.setattr(pipeline_module, "execute_notebook", report_breaks)
+    assert execute_stage(run, "sweep")["status"] == "completed"
+
+
+def test_a_signal_ends_the_pipeline_as_an_interruption(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        pipeline_module, "execute_notebook", lambda *given: signal.raise_signal(signal.SIGTERM)
+    )
+    with pytest.raises(Interrupted) as stopped:
+        run_pipeline(given)
+    assert stopped.value.signum == signal.SIGTERM
+
+
+# --- the answer
+
+
+def test_a_phase_that_gained_nothing_is_not_the_answer(given, tmp_path):
+    run = opened(given, tmp_path)
+    base = sweep_stage(run, StandIn())["start"]["name"]
+    phase1_stage(run, StandIn({f"{base}_phase1": -0.5000001}, improved=False))
+    phase2_stage(
+        run, StandIn({f"{base}_phase2_seed{seed}": -0.5000002 for seed in (101, 555, 888)}, improved=False)
+    )
+    summary = finish(run)
+    assert summary["final"]["stage"] == "sweep"
+    assert [step["stage"] for step in summary["lineage"]] == ["sweep"]
+
+
+def test_the_summary_keeps_paths_relative_to_the_run_root(given, tmp_path):
+    run = opened(given | {"skip_fine": True}, tmp_path)
+    sweep_stage(run, StandIn())
+    summary = finish(run)
+    assert (run.run_root / summary["final"]["checkpoint"]).is_file()
+    assert not Path(summary["lineage"][0]["checkpoint"]).is_absolute()
+    assert list(summary["stages"]) == ["sweep"]
+    assert read_json(run.reports_dir / "pipeline_summary.json")["status"] == "completed"
+
+
+def test_the_test_labels_meet_the_final_model_alone_and_once(given, tmp_path, tiny):
+    shutil.copy(tiny.val_labels, tmp_path / "held_out.csv")
+    run = opened(given | {"skip_fine": True, "test_labels": "held_out.csv"}, tmp_path)
+    best = sweep_stage(run, StandIn({"plain": -0.7}))["best"]
+    asked = []
+
+    def predict(checkpoint, split):
+        asked.append(checkpoint)
+        return np.linspace(0, 1, len(split))
+
+    first = finish(run, predict)
+    assert asked == [run.run_root / best["checkpoint"]]
+    assert first["test"]["metrics"].keys() >= {"loss", "spearman_corr"}
+    assert finish(run, predict)["test"] == first["test"]
+    assert len(asked) == 1

@@ -1,0 +1,527 @@
+"""Sweeps with real trainings: several at once, one that dies, an interruption, and what need not be repeated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from topoqa_nb.config import load_config
+from topoqa_nb.core import CheckpointError, ConfigError, RunError, write_json
+from topoqa_nb.demo import DemoPaths, write_tiny_dataset
+from topoqa_nb.runs import read_metadata, read_metrics
+from topoqa_nb.sweep import (
+    Job,
+    SweepInterrupted,
+    SweepResult,
+    child_environment,
+    completed_before,
+    load_manifest,
+    plan_jobs,
+    result_of,
+    results_table,
+    run_jobs,
+    training_command,
+)
+
+# What a sweep expects of a training's process, without a training.
+STAND_IN = """
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+run, script = Path(sys.argv[1]), sys.argv[2]
+def say(status, **more):
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "run_metadata.json").write_text(json.dumps({"status": status} | more))
+exec(script)
+"""
+COMPLETES = "say('completed', selection={'best_score': -0.5}, checkpoints={'best': 'a.chkpt'})"
+
+
+def stand_in(*scripts: str):
+    "A command for `run_jobs`: job N runs script N, or the last one."
+    started = []
+
+    def command(job: Job) -> list[str]:
+        started.append(job.name)
+        script = scripts[min(len(started), len(scripts)) - 1]
+        return [sys.executable, "-c", STAND_IN, str(job.run.path), script]
+
+    return command
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
+
+
+def write_manifest(folder: Path, demo: DemoPaths, **content: object) -> Path:
+    "A manifest whose shared settings make a training of three short epochs."
+    paths = {f"paths.{name}": str(getattr(demo, name)) for name in ("train_labels", "val_labels")}
+    overrides = paths | {"paths.graph": str(demo.graph_dir), "num_epochs": 3, "accumulate_grad_batches": 1}
+    shared = {
+        "config": "config.yaml",
+        "output_root": "runs",
+        "overrides": overrides | {"model.hidden_dim": 8},
+    }
+    shared |= content.pop("shared", {})
+    path = folder / "manifest.yaml"
+    path.write_text(yaml.safe_dump({"shared": shared, "jobs": [{"name": "a"}]} | content))
+    return path
+
+
+def plan(folder: Path, demo: DemoPaths, names: str = "a", **options: object) -> list[Job]:
+    manifest = write_manifest(folder, demo, jobs=[{"name": name} for name in names])
+    return plan_jobs(load_manifest(manifest), **options)
+
+
+# --- planning
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["manifest.yaml", "expected a file"]),
+        ("jobs: [", ["manifest.yaml", "expected valid YAML"]),
+        ("- a\n- b", ["manifest.yaml", "names with values"]),
+        ("", ["manifest.yaml: jobs", "found nothing"]),
+        ("shared: {config: config.yaml}", ["manifest.yaml: jobs", "found nothing"]),
+        ("jobs: []", ["manifest.yaml: jobs", "found nothing"]),
+        ("jobs: [{config: config.yaml}]", ["manifest.yaml: jobs.0.name"]),
+        ("jobs: [{name: a}]\njosb: 3", ["manifest.yaml: josb", "did you mean jobs?"]),
+        ("jobs: [{name: a}]\npath: x", ["manifest.yaml: path", "unknown"]),
+        ("jobs: [{name: a, ovverrides: {}}]", ["jobs.0.ovverrides", "did you mean overrides?"]),
+        ("shared: {resume_from: x}\njobs: [{name: a}]", ["shared.resume_from", "unknown"]),
+        ("jobs: [{name: a, fast_dev_run: 2}]", ["jobs.0.fast_dev_run", "boolean"]),
+        ("jobs: [{name: ../a}]", ["jobs.0.name", "names a folder"]),
+        ("jobs: [{name: a}, {name: a}]", ["manifest.yaml", "different job names", "a more than once"]),
+        ("continue_on_error: 1\njobs: [{name: a}]", ["continue_on_error", "boolean"]),
+    ],
+)
+def test_a_wrong_manifest_is_one_line_with_the_place(tmp_path: Path, text: str | None, parts: list[str]):
+    path = tmp_path / "manifest.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_manifest(path)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("job", "error", "parts"),
+    [
+        ({}, ConfigError, ["jobs.0.config", "give the job or shared a config"]),
+        ({"config": "absent_anywhere.yaml"}, ConfigError, ["jobs.0.config", "absent_anywhere.yaml"]),
+        ({"config": "config.yaml", "overrides": {"sed": 3}}, ConfigError, ["jobs.0", "sed", "seed"]),
+        ({"config": "config.yaml", "overrides": {"seed": "x"}}, ConfigError, ["jobs.0", "dataloader.seed"]),
+        (
+            {"config": "config.yaml", "limit_train_batches": -1},
+            ConfigError,
+            ["jobs.0", "limit_train_batches"],
+        ),
+        (
+            {"config": "config.yaml", "resume_from": "no.ckpt"},
+            CheckpointError,
+            ["jobs.0.resume_from", "no.ckpt"],
+        ),
+    ],
+)
+def test_a_wrong_job_is_refused_before_anything_starts(
+    tmp_path: Path, job: dict, error: type, parts: list[str]
+):
+    path = tmp_path / "manifest.yaml"
+    path.write_text(yaml.safe_dump({"jobs": [{"name": "a"} | job]}))
+    with pytest.raises(error) as caught:
+        plan_jobs(load_manifest(path))
+    for part in [str(path), *parts]:
+        assert part in str(caught.value)
+
+
+def test_an_empty_shared_section_is_no_mistake(tmp_path: Path):
+    path = tmp_path / "manifest.yaml"
+    path.write_text("shared:\njobs: [{name: a, config: config.yaml}]")
+    assert len(plan_jobs(load_manifest(path))) == 1
+
+
+def test_precedence_is_file_shared_job_command_line(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text(
+        "dataloader: {seed: 1, batch_size: 1}\nmodel: {hidden_dim: 2, num_layers: 1}"
+    )
+    shared = {"config": "own.yaml", "overrides": ["batch_size=2", "model.hidden_dim=4", "model.num_layers=2"]}
+    job = {"name": "a", "overrides": {"model.hidden_dim": 6, "model.num_layers": 3}}
+    path = tmp_path / "manifest.yaml"
+    path.write_text(yaml.safe_dump({"shared": shared, "jobs": [job]}))
+    config = plan_jobs(load_manifest(path), overrides=["model.num_layers=4"])[0].loaded.config
+    found = (
+        config.dataloader.seed,
+        config.dataloader.batch_size,
+        config.model.hidden_dim,
+        config.model.num_layers,
+    )
+    assert found == (1, 2, 6, 4)
+
+
+def test_where_a_config_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    places = [tmp_path / "sweeps" / "manifests", tmp_path / "sweeps", tmp_path / "here"]
+    for seed, place in enumerate(places):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.yaml").write_text(f"dataloader: {{seed: {seed}}}")
+    monkeypatch.chdir(places[2])
+    path = places[0] / "manifest.yaml"
+    path.write_text("jobs: [{name: a, config: config.yaml}]")
+    seeds = []
+    for place in [*places, None]:
+        seeds.append(plan_jobs(load_manifest(path))[0].loaded.config.dataloader.seed)
+        if place:
+            (place / "config.yaml").unlink()
+    assert seeds == [0, 1, 2, 222]  # the last one is shipped
+
+
+def test_paths_belong_to_whoever_wrote_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, here = tmp_path / "manifests", tmp_path / "here"
+    folder.mkdir()
+    here.mkdir()
+    monkeypatch.chdir(here)
+    path = folder / "manifest.yaml"
+    shared = {"config": "config.yaml", "output_root": "../runs", "overrides": {"graph_dir": "graphs"}}
+    path.write_text(yaml.safe_dump({"shared": shared, "jobs": [{"name": "a"}]}))
+    paths = plan_jobs(load_manifest(path))[0].loaded.config.paths
+    assert (paths.graph, paths.save_dir) == (folder / "graphs", tmp_path / "runs")
+    paths = plan_jobs(load_manifest(path), overrides=["paths.graph=mine"], output_root="out")[
+        0
+    ].loaded.config.paths
+    assert (paths.graph, paths.save_dir) == (here / "mine", here / "out")
+
+
+def test_short_keys_reach_the_configuration(tmp_path: Path, demo: DemoPaths):
+    shared = {"limit_val_batches": 0.5, "log_lr": True, "notes": "shared", "trial_label": "t"}
+    job = {"name": "a", "fast_dev_run": True, "limit_train_batches": 2, "notes": "own", "run_name": "mine"}
+    job = plan_jobs(load_manifest(write_manifest(tmp_path, demo, shared=shared, jobs=[job])))[0]
+    config = job.loaded.config
+    assert config.trainer.fast_dev_run
+    assert (config.trainer.limit_train_batches, config.trainer.limit_val_batches) == (2, 0.5)
+    assert config.logging.log_lr
+    assert (job.notes, job.trial_label, job.run_name) == ("own", "t", "mine")
+
+
+def test_planning_writes_nothing(tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    plan_jobs(load_manifest("run_demo.yaml"))
+    plan_jobs(load_manifest("manifests/run_core.yaml"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "count"), [("core", 3), ("extended", 9), ("experiments", 1), ("demo", 3)])
+def test_shipped_manifests_plan(name: str, count: int):
+    jobs = plan_jobs(load_manifest(f"run_{name}.yaml"))
+    assert len(jobs) == count
+    assert len({job.run_name for job in jobs}) == count
+
+
+def test_the_command_repeats_the_plan(tmp_path: Path, demo: DemoPaths):
+    tricky = {
+        "mlflow.tags": {"a": "1", "b": "x: y"},
+        "paths.target_regex": "^([A-Z]+)_",
+        "learning_rate": 1e-5,
+    }
+    tricky |= {"trainer.gradient_clip_val": None}
+    manifest = write_manifest(tmp_path, demo, jobs=[{"name": "a", "overrides": tricky}])
+    job = plan_jobs(load_manifest(manifest))[0]
+    command = training_command(job)
+    overrides = [after for before, after in zip(command, command[1:], strict=False) if before == "--override"]
+    assert load_config(command[command.index("--config") + 1], overrides).config == job.loaded.config
+
+
+def test_threads_follow_the_configuration(tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = [
+        child_environment(plan(tmp_path, demo, overrides=[f"trainer.num_threads={threads}"])[0])[
+            "OMP_NUM_THREADS"
+        ]
+        for threads in (1, 2, "auto")
+    ]
+    assert found == ["1", "2", "7"]
+
+
+# --- running, with stand-ins
+
+
+def test_a_job_that_is_killed_is_failed_and_says_so(tmp_path: Path, demo: DemoPaths):
+    killed = "say('running'); os.kill(os.getpid(), signal.SIGKILL)"
+    jobs = plan(tmp_path, demo, "ab")
+    result = run_jobs(
+        jobs, command=stand_in(killed, COMPLETES), continue_on_error=True, say=lambda line: None
+    )
+    assert [job.status for job in result] == ["failed", "completed"]
+    assert "SIGKILL" in result.jobs[0].reason
+    assert read_metadata(jobs[0].run)["status"] == "failed"  # nobody waits for a dead run
+
+
+def test_status_comes_from_the_metadata_and_not_from_the_exit_code(tmp_path: Path, demo: DemoPaths):
+    scripts = [
+        f"{COMPLETES}; sys.exit(3)",
+        "say('running')",
+        "pass",
+        "print('why', file=sys.stderr); sys.exit(2)",
+    ]
+    result = run_jobs(
+        plan(tmp_path, demo, "abcd"),
+        command=stand_in(*scripts),
+        continue_on_error=True,
+        say=lambda line: None,
+    )
+    assert [job.status for job in result] == ["completed", "failed", "failed", "failed"]
+    assert "exit code 0" in result.jobs[1].reason
+    assert result.jobs[3].reason == "why"
+
+
+def test_damaged_metadata_fail_their_own_job_alone(tmp_path: Path, demo: DemoPaths):
+    damaged = "say('x'); (run / 'run_metadata.json').write_text('{')"
+    result = run_jobs(
+        plan(tmp_path, demo, "ab"),
+        command=stand_in(damaged, COMPLETES),
+        continue_on_error=True,
+        say=lambda line: None,
+    )
+    assert [job.status for job in result] == ["failed", "completed"]
+    assert "valid JSON" in result.jobs[0].reason
+
+
+@pytest.mark.parametrize(("goes_on", "last"), [(False, "not started"), (True, "completed")])
+def test_continue_on_error(tmp_path: Path, demo: DemoPaths, goes_on: bool, last: str):
+    result = run_jobs(
+        plan(tmp_path, demo, "ab"),
+        command=stand_in("sys.exit(1)", COMPLETES),
+        continue_on_error=goes_on,
+        say=lambda line: None,
+    )
+    assert [job.status for job in result] == ["failed", last]
+    assert not result.completed
+
+
+def test_jobs_run_at_the_same_time_and_never_more_than_asked(tmp_path: Path, demo: DemoPaths):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    script = (
+        f"mark = Path({str(marks)!r}) / run.name; mark.touch(); time.sleep(0.6);"
+        f"seen = len(list(mark.parent.iterdir())); mark.unlink(); say('completed', selection={{'best_score': seen}})"
+    )
+    result = run_jobs(plan(tmp_path, demo, "abcd"), jobs=2, command=stand_in(script), say=lambda line: None)
+    assert max(job.best_score for job in result) == 2
+
+
+def test_results_keep_the_order_of_the_manifest(tmp_path: Path, demo: DemoPaths):
+    slow_first = stand_in(f"time.sleep(0.5); {COMPLETES}", COMPLETES)
+    result = run_jobs(plan(tmp_path, demo, "zab"), jobs=3, command=slow_first, say=lambda line: None)
+    assert [job.name for job in result] == ["z", "a", "b"]
+    assert json.loads(json.dumps(result.to_dict()))["jobs"][0]["checkpoint"].endswith(
+        "model_checkpoints/a.chkpt"
+    )
+    assert results_table(result).splitlines()[1].split()[:3] == ["z", "completed", "-0.50000"]
+
+
+def test_only_epoch_summaries_are_relayed_even_when_they_come_in_pieces(tmp_path: Path, demo: DemoPaths):
+    script = (
+        "print('Epoch 000 |  50% | train_loss=1'); print('chatter');"
+        "sys.stdout.write('Epoch 000 | train_loss=1 | val_'); sys.stdout.flush(); time.sleep(0.4);"
+        f"print('loss=2'); {COMPLETES}"
+    )
+    lines = []
+    run_jobs(plan(tmp_path, demo), command=stand_in(script), say=lines.append)
+    assert [line for line in lines if "Epoch" in line] == ["a | Epoch 000 | train_loss=1 | val_loss=2"]
+
+
+def test_a_taken_name_is_refused_before_anything_starts(tmp_path: Path, demo: DemoPaths):
+    jobs = plan(tmp_path, demo, "ab")
+    jobs[1].run.path.mkdir(parents=True)
+    with pytest.raises(RunError, match="a run of this name"):
+        run_jobs(jobs, command=stand_in(COMPLETES))
+    assert not jobs[0].run.path.exists()
+
+
+def test_labels_that_are_missing_are_refused_before_anything_starts(tmp_path: Path, demo: DemoPaths):
+    jobs = plan(
+        tmp_path, demo, overrides=["paths.graph=nowhere", "paths.train_labels=null", "paths.val_labels=null"]
+    )
+    with pytest.raises(Exception, match="train_labels|nowhere"):
+        run_jobs(jobs, command=stand_in(COMPLETES))
+    assert not jobs[0].run.path.exists()
+
+
+def test_what_a_dead_job_has_started_does_not_outlive_it(tmp_path: Path, demo: DemoPaths):
+    script = (
+        "helper = subprocess.Popen(['sleep', '60']); say('running', pid=helper.pid);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    jobs = plan(tmp_path, demo)
+    run_jobs(jobs, command=stand_in(script), say=lambda line: None)
+    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+
+
+def test_a_job_that_ignores_the_signal_is_killed(
+    tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("topoqa_nb.sweep.STOP_SECONDS", 0.5)
+    script = (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); say('running', pid=os.getpid());"
+        "print('Epoch 000 | val_loss=1', flush=True); time.sleep(60)"
+    )
+    jobs = plan(tmp_path, demo)
+
+    def stop(line: str) -> None:
+        if "Epoch" in line:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SweepInterrupted) as caught:
+        run_jobs(jobs, command=stand_in(script), say=stop)
+    assert caught.value.signum == signal.SIGTERM
+    assert caught.value.result.jobs[0].status == "interrupted"
+    assert read_metadata(jobs[0].run)["status"] == "interrupted"
+    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+
+
+def test_a_closed_pipe_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths):
+    script = "say('running', pid=os.getpid()); print('Epoch 000 | val_loss=1', flush=True); time.sleep(60)"
+    jobs = plan(tmp_path, demo)
+
+    def closed(line: str) -> None:
+        if "Epoch" in line:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_jobs(jobs, command=stand_in(script), say=closed)
+    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+    assert read_metadata(jobs[0].run)["status"] == "interrupted"
+
+
+def test_signal_handlers_are_put_back(tmp_path: Path, demo: DemoPaths):
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    run_jobs(plan(tmp_path, demo), command=stand_in(COMPLETES), say=lambda line: None)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# --- real trainings
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, demo: DemoPaths) -> tuple[list[Job], object, list[str]]:
+    "Two trainings at a time; the second job's loss is not finite."
+    jobs = [
+        {"name": "fine", "notes": "kept"},
+        {"name": "diverges", "overrides": {"learning_rate": 1.0e30, "batch_size": 2}},
+    ]
+    manifest = write_manifest(tmp_path_factory.mktemp("sweep"), demo, jobs=jobs)
+    planned, lines = plan_jobs(load_manifest(manifest)), []
+    return planned, run_jobs(planned, jobs=2, continue_on_error=True, say=lines.append), lines
+
+
+def test_real_trainings_end_with_their_status(sweep):
+    planned, result, lines = sweep
+    fine, diverges = result
+    assert (fine.status, diverges.status) == ("completed", "failed"), result
+    assert fine.best_score == read_metrics(planned[0].run).selection_metric.min()
+    assert fine.checkpoint.is_file()
+    assert "finite" in diverges.reason
+    assert sum(line.startswith("fine | Epoch") for line in lines) == 3
+
+
+def test_a_real_run_keeps_its_console_and_its_plan(sweep):
+    planned, _, _ = sweep
+    run = planned[0].run
+    assert "Epoch 002" in run.console_file.read_text()
+    assert (run.path / "notes.txt").read_text().strip() == "kept"
+    metadata = read_metadata(run)
+    assert metadata["training_parameters"] == planned[0].loaded.config.model_dump(mode="json")
+    assert metadata["overrides"]["trainer.num_epochs"] == 3
+
+
+def test_a_completed_job_is_not_repeated(sweep):
+    planned, result, _ = sweep
+    again = [replace(job, run_name=f"{job.name}_2030-01-01_00-00-00") for job in planned]
+    earlier = completed_before(again)
+    assert list(earlier) == ["fine"]
+    assert earlier["fine"].checkpoint == result.jobs[0].checkpoint
+    assert planned[0].run_name in earlier["fine"].reason
+    result = run_jobs(again[:1], skip_completed=True, command=stand_in("sys.exit('started')"))
+    assert result.completed
+
+
+def test_other_settings_other_data_or_another_name_are_repeated(sweep, demo: DemoPaths, tmp_path: Path):
+    job = sweep[0][0]
+    changed = load_config(job.loaded.source, job.loaded.overrides | {"dataloader.seed": 5})
+    labels = tmp_path / "train.csv"
+    labels.write_text("\n".join(demo.train_labels.read_text().splitlines()[:-1]) + "\n")
+    other_data = load_config(job.loaded.source, job.loaded.overrides | {"paths.train_labels": labels})
+    assert completed_before([replace(job, loaded=changed)]) == {}
+    assert completed_before([replace(job, loaded=other_data)]) == {}
+    assert completed_before([replace(job, name="other", run_name="other")]) == {}
+    assert completed_before([replace(job, resume_from=sweep[1].jobs[0].checkpoint)]) == {}
+
+
+def test_changed_labels_in_the_same_file_are_repeated(sweep, demo: DemoPaths):
+    job, before = sweep[0][0], demo.train_labels.read_text()
+    lines = before.splitlines()
+    try:
+        demo.train_labels.write_text("\n".join(lines[:-1]) + "\n")
+        assert completed_before([job]) == {}
+    finally:
+        demo.train_labels.write_text(before)
+    assert list(completed_before([job])) == ["fine"]
+
+
+@pytest.fixture
+def endless_sweep(tmp_path: Path, demo: DemoPaths) -> Iterator[tuple[subprocess.Popen, Path]]:
+    "`topoqa batch` with two trainings that would take hours, started as a shell starts it."
+    shared = {"overrides": {"graph_dir": str(demo.graph_dir), "num_epochs": 100_000, "model.hidden_dim": 8}}
+    shared["overrides"] |= {"early_stopping.patience": 100_000}
+    manifest = write_manifest(tmp_path, demo, shared=shared, jobs=[{"name": name} for name in "abc"])
+    command = [sys.executable, "-m", "topoqa_nb.cli", "batch", "--manifest", str(manifest), "--jobs", "2"]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    yield process, tmp_path
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sweep_leaves_no_process_and_says_how_every_run_ended(endless_sweep, signum: int):
+    process, folder = endless_sweep
+    deadline = time.monotonic() + 120
+    while process.poll() is None and (folder / "out").read_text().count("Epoch 000") < 2:
+        assert time.monotonic() < deadline, (folder / "out").read_text()
+        time.sleep(0.2)
+    process.send_signal(signum)
+    code = process.wait(timeout=60)
+    text = (folder / "out").read_text()
+    assert code == 128 + signum, text
+    assert "Traceback" not in text
+    runs = sorted(path for path in (folder / "runs").iterdir() if not path.is_symlink())
+    assert [read_metadata(run)["status"] for run in runs] == ["interrupted", "interrupted"]
+    assert text.count(" interrupted ") >= 2
+    assert "not started" in text
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(folder / "runs") not in processes
+
+
+def test_metadata_without_a_score_make_a_row(tmp_path: Path, demo: DemoPaths):
+    job = plan(tmp_path, demo)[0]
+    write_json(
+        job.run.metadata_file, {"status": "completed", "selection": None, "checkpoints": {"best": None}}
+    )
+    assert "completed" in results_table(SweepResult((result_of("a", job.run),)))
