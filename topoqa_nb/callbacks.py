@@ -83,11 +83,13 @@ def progress_marks(
 def epoch_line(
     row: Mapping[str, float],  # one row of metrics.csv
     best_val_loss: float,  # lowest val_loss so far
+    log_lr: bool = False,  # the learning rate too
 ) -> str:
     "The summary line of an epoch."
+    rate = f" | lr={row['learning_rate']:.3g}" if log_lr else ""
     return (
         f"Epoch {row['epoch']:03d} | train_loss={row['train_loss']:.4f} | val_loss={row['val_loss']:.4f} | "
-        f"val_spearman={row['val_spearman_corr']:.3f} | best_val_loss={best_val_loss:.4f}"
+        f"val_spearman={row['val_spearman_corr']:.3f} | best_val_loss={best_val_loss:.4f}{rate}"
     )
 
 # %% ../nbs/15_callbacks.ipynb #15-011
@@ -111,8 +113,9 @@ class RunRecorder(Callback):
         self,
         run: RunDirectory,  # where to write
         best_val_loss: float = math.inf,  # the parent's, when there is one
+        log_lr: bool = False,  # the learning rate in the line
     ):
-        self.run, self.best_val_loss = run, best_val_loss
+        self.run, self.best_val_loss, self.log_lr = run, best_val_loss, log_lr
         self.epoch_seconds: list[float] = []
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -128,7 +131,7 @@ class RunRecorder(Callback):
             progress={"epoch": row["epoch"], "epochs": trainer.max_epochs},
             runtime={"epoch_seconds": self.epoch_seconds},
         )
-        log.info(epoch_line(row, self.best_val_loss))
+        log.info(epoch_line(row, self.best_val_loss, self.log_lr))
 
     def state_dict(self) -> dict[str, object]:
         return {"best_val_loss": self.best_val_loss, "epoch_seconds": self.epoch_seconds}
