@@ -339,8 +339,9 @@ def test_leaderboard_in_three_forms(root: Path, capsys: pytest.CaptureFixture):
         row["run_name"] for row in rows
     ]
     lines = said["table"].splitlines()
-    assert lines[0].split()[:3] == ["rank", "run_name", "status"]
-    assert [line.split()[1] for line in lines[1:3]] == [row["run_name"] for row in rows[:2]]
+    assert lines[0] == "ranked by selection_metric, lower is better"
+    assert lines[1].split()[:3] == ["rank", "run", "status"]
+    assert [line.split()[1] for line in lines[2:4]] == [row["run_name"] for row in rows[:2]]
     assert {row["run_name"] for row in rows} == {"first", "child", "diverged"}
 
 

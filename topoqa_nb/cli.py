@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['app', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', 'RUN_ROOT', 'NOTEBOOK_NAMES', 'Parameter', 'topoqa',
            'exit_code', 'usage_problem', 'values_of', 'joined_pairs', 'main', 'config_command', 'demo_data_command',
-           'run_command', 'batch_command', 'chosen_run', 'summarise_command', 'as_table', 'print_rows',
-           'leaderboard_command', 'given_parameters', 'parameter_value', 'pipeline_values', 'run_or_plan',
-           'print_outcome', 'pipeline_command', 'fine_tune_command']
+           'validate_command', 'env_command', 'run_command', 'resume_command', 'batch_command', 'chosen_run',
+           'summarise_command', 'monitor_command', 'archive_command', 'text_of', 'run_cells', 'config_cells',
+           'print_table', 'print_tables', 'print_rows', 'leaderboard_command', 'given_parameters', 'parameter_value',
+           'pipeline_values', 'run_or_plan', 'print_outcome', 'pipeline_command', 'fine_tune_command']
 
 # %% ../nbs/23_cli.ipynb #23-003
 import csv
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -147,6 +149,43 @@ def demo_data_command(
         print(f"labels: {labels}")
 
 # %% ../nbs/23_cli.ipynb #23-019
+@app.command("validate")
+def validate_command(
+    graph_dir: Annotated[Path, typer.Option(help="Folder of graphs.")],
+    labels: Annotated[list[Path], typer.Option(help="A label file, such as train.csv; repeatable.")] = [],  # noqa: B006
+    target_regex: Annotated[
+        str | None, typer.Option(help="Finds the target in the name of a graph in no folder.")
+    ] = None,
+    format: Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")] = "table",
+    profile: Annotated[bool, typer.Option("--profile", help="Loading times, and the slowest files.")] = False,
+) -> int:
+    "Audit a data set: files, features, names, labels, leaks. Exit code 1 if anything is wrong."
+    from topoqa_nb.audit import UNWRAPPED, as_text, audit, load_profile, profile_text, to_dict
+
+    found = audit(graph_dir, labels, target_regex=target_regex)
+    times = load_profile(found.graphs) if profile else None
+    if format == "json":
+        print(to_json(to_dict(found) | ({"profile": times} if times else {})))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNWRAPPED
+        print(as_text(found, width), *([profile_text(times)] if times else []), sep="\n\n")
+    return 0 if found.ok else 1
+
+
+@app.command("env")
+def env_command(
+    config: Annotated[str | None, typer.Option(help="A file, or the name of a shipped one.")] = None,
+    override: Override = [],  # noqa: B006
+    format: Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")] = "table",
+) -> None:
+    "Print versions, devices, cores, kernel, and what a configuration would use here."
+    from topoqa_nb.hardware import environment_report, report_text
+
+    loaded = load_config(config, override) if config or override else None
+    report = environment_report(loaded.config if loaded else None)
+    print(to_json(report) if format == "json" else report_text(report))
+
+# %% ../nbs/23_cli.ipynb #23-023
 @app.command("run")
 def run_command(
     config: Annotated[str, typer.Option(help="A file, or the name of a shipped one.")],
@@ -196,6 +235,26 @@ def run_command(
     )
 
 
+@app.command("resume")
+def resume_command(
+    run_id: RunId = None,
+    run_dir: RunDir = None,
+    root: Root = RUN_ROOT,
+    checkpoint: Annotated[
+        str, typer.Option(help="best, last, or a file; last continues where the run stopped.")
+    ] = "best",
+    override: Override = [],  # noqa: B006
+    accept_drift: Annotated[
+        bool, typer.Option("--accept-drift", help="Go on although configuration or data changed.")
+    ] = False,
+) -> None:
+    "Continue a run in its own directory."
+    run = chosen_run(run_id, run_dir, root)
+    from topoqa_nb.training import resume
+
+    resume(run, checkpoint=checkpoint, overrides=override, accept_drift=accept_drift)
+
+
 @app.command("batch")
 def batch_command(
     manifest: Annotated[str, typer.Option(help="A manifest, or the name of a shipped one.")],
@@ -231,6 +290,7 @@ def batch_command(
             continue_on_error=content.continue_on_error,
             skip_completed=skip_completed,
             executor=executor,
+            name=Path(manifest).stem,
         )
     except SweepInterrupted as stop:
         print(results_table(stop.result))
@@ -238,7 +298,7 @@ def batch_command(
     print(results_table(result))
     return 0 if result.completed else 1
 
-# %% ../nbs/23_cli.ipynb #23-021
+# %% ../nbs/23_cli.ipynb #23-025
 def chosen_run(
     run_id: str | None,
     run_dir: Path | None,
@@ -261,15 +321,105 @@ def summarise_command(run_id: RunId = None, run_dir: RunDir = None, root: Root =
     print(to_json(summarise(chosen_run(run_id, run_dir, root))))
 
 
-def as_table(
-    rows: Sequence[Mapping[str, object]],  # from `leaderboard`
-) -> str:  # several lines
-    "The columns of a leaderboard that fit on a screen."
-    import pandas
+@app.command("monitor")
+def monitor_command(
+    run_id: RunId = None,
+    run_dir: RunDir = None,
+    root: Root = RUN_ROOT,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the run has ended.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 30.0,
+    format: Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")] = "table",
+    metrics: Annotated[int, typer.Option(min=0, help="Show this many of the last epochs.")] = 0,
+) -> None:
+    "Show the best checkpoint of a run so far, what made it, and what is left."
+    from topoqa_nb.monitor import monitor
 
-    shown = ["rank", "run_name", "status", "metric", "score", "epoch", "val_loss", "val_spearman", "mode"]
-    counts = {"rank": "Int64", "epoch": "Int64"}  # empty for a run that has no score yet
-    return pandas.DataFrame(rows)[shown].astype(counts).to_string(index=False, na_rep="", float_format="%.5f")
+    monitor(
+        chosen_run(run_id, run_dir, root), following=follow, interval=interval, style=format, rows=metrics
+    )
+
+
+@app.command("archive")
+def archive_command(
+    run_id: Annotated[list[str], typer.Option("--run-id", help="Name of a run, or latest; repeatable.")] = [],  # noqa: B006
+    more: Annotated[list[str], typer.Argument(metavar="[ID]...", help="Further runs.")] = [],  # noqa: B006
+    root: Root = RUN_ROOT,
+) -> None:
+    "Move runs that have ended to history/."
+    from topoqa_nb.runs import archive
+
+    if not [*run_id, *more]:
+        raise ConfigError("--run-id", "one run or more", "none", "give the names of the runs")
+    for run in archive(root, [*run_id, *more]):
+        print(f"archived: {run.path}")
+
+# %% ../nbs/23_cli.ipynb #23-027
+def text_of(value: object) -> str:
+    "A cell of a table."
+    if isinstance(value, float):
+        return f"{value:.5f}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def run_cells(
+    row: Mapping[str, object],  # from `leaderboard`
+) -> dict[str, object]:
+    "What the leaderboard shows of a run."
+    from topoqa_nb.monitor import left_text
+
+    process = "process gone" if row["process"] == "gone" else None
+    notes = [row["status"], process, "archived" if row["archived"] else None]
+    epochs = None if row["epochs_done"] is None else f"{row['epochs_done']} of {row['epochs']}"
+    facts = {"rank": row["rank"], "run": row["run_name"], "status": ", ".join(filter(None, notes))}
+    names = ("score", "epoch", "val_loss", "val_spearman", "mode")
+    last = {"epochs": epochs, "left": left_text(row), "reason": row["reason"]}
+    return facts | {name: row[name] for name in names} | last
+
+
+def config_cells(
+    row: Mapping[str, object],  # from `by_config`
+) -> dict[str, object]:
+    "What the leaderboard shows of a group of seeds."
+    names = {"rank": "rank", "config": "config", "score": "mean", "sd": "sd", "val_loss": "val_loss"}
+    last = {"val_spearman": "val_spearman", "seeds": "seeds", "run_name": "best run"}
+    return {shown: row[name] for name, shown in (names | last).items()}
+
+
+def print_table(
+    title: str,
+    rows: Sequence[Mapping[str, object]],  # equal keys; columns that are empty in all rows are left out
+) -> None:
+    "A table on a terminal, or a wide one elsewhere."
+    from rich.table import Table
+    from rich.text import Text
+
+    from topoqa_nb.monitor import show, standard_output
+
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*[Text(text_of(row[name])) for name in names])
+    show(table, standard_output())
+
+
+def print_tables(
+    rows: Sequence[Mapping[str, object]],  # from `leaderboard` or `by_config`
+) -> None:
+    "A table for each metric, and one for what has no rank."
+    cells = config_cells if rows and "seeds" in rows[0] else run_cells
+    metrics = dict.fromkeys(row["metric"] for row in rows if row["rank"] is not None)
+    groups = {
+        f"ranked by {name}, lower is better": [row for row in rows if row["rank"] and row["metric"] == name]
+        for name in metrics
+    }
+    groups["not ranked"] = [row for row in rows if row["rank"] is None]
+    for title, group in groups.items():
+        if group:
+            print_table(title, [cells(row) for row in group])
+    if not rows:
+        print("no runs")
 
 
 def print_rows(
@@ -280,25 +430,32 @@ def print_rows(
     if style == "json":
         print(to_json(rows))
     elif style == "csv":
-        writer = csv.DictWriter(sys.stdout, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        columns = list(dict.fromkeys(name for row in rows for name in row))  # a run that is going has more
+        writer = csv.DictWriter(sys.stdout, fieldnames=columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     else:
-        print(as_table(rows) if rows else "no runs")
+        print_tables(rows)
 
 
 @app.command("leaderboard")
 def leaderboard_command(
     root: Annotated[Path, typer.Option(help="Run root.")] = RUN_ROOT,
-    limit: Annotated[int, typer.Option(min=1, help="Rows.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of each metric.")] = 5,
     format: Annotated[Literal["table", "json", "csv"], typer.Option(help="Form of the output.")] = "table",
+    by_config: Annotated[
+        bool, typer.Option("--by-config", help="Mean and standard deviation over seeds.")
+    ] = False,
 ) -> None:
-    "Rank runs by their best score."
-    from topoqa_nb.runs import leaderboard
+    "Rank runs, or settings over their seeds, by their best score."
+    from topoqa_nb import runs
 
-    print_rows(leaderboard(root, limit=limit), format)
+    if by_config:
+        print_rows(runs.by_config(runs.leaderboard(root), limit=limit), format)
+    else:
+        print_rows(runs.leaderboard(root, limit=limit), format)
 
-# %% ../nbs/23_cli.ipynb #23-028
+# %% ../nbs/23_cli.ipynb #23-034
 def given_parameters(
     options: Mapping[str, object],  # name -> value; None, False or empty when not given
     pairs: Sequence[str],  # NAME=VALUE
@@ -321,7 +478,7 @@ def parameter_value(text: str) -> object:
         return text
     return value if value is None or isinstance(value, bool | int | float | list | dict) else text
 
-# %% ../nbs/23_cli.ipynb #23-030
+# %% ../nbs/23_cli.ipynb #23-036
 NOTEBOOK_NAMES = {  # option -> parameter of the notebook, where one of several is given at a time
     "phase2_config": "phase2_configs",
     "override": "overrides",
@@ -368,7 +525,7 @@ Parameter = Annotated[
     typer.Option(metavar="NAME=VALUE", help="A parameter of the notebook; also -p NAME VALUE; repeatable."),
 ]
 
-# %% ../nbs/23_cli.ipynb #23-031
+# %% ../nbs/23_cli.ipynb #23-037
 @app.command("pipeline")
 def pipeline_command(
     context: typer.Context,
@@ -407,7 +564,7 @@ def pipeline_command(
     "Sweep, phase 1, phase 2 and their reports."
     run_or_plan(pipeline_values(context), dry_run)
 
-# %% ../nbs/23_cli.ipynb #23-035
+# %% ../nbs/23_cli.ipynb #23-041
 @app.command("fine-tune")
 def fine_tune_command(
     context: typer.Context,
@@ -430,6 +587,6 @@ def fine_tune_command(
 
     run_or_plan(fine_tune_values(*start, values), dry_run)
 
-# %% ../nbs/23_cli.ipynb #23-038
+# %% ../nbs/23_cli.ipynb #23-044
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

@@ -60,8 +60,8 @@ from topoqa_nb.core import (
 )
 from .data import load_split, locate_data
 from .metrics import regression_metrics
-from .runs import RunDirectory, find_run, leaderboard, list_runs, read_metadata
-from .selection import best_checkpoint
+from .original import is_original
+from .runs import RunDirectory, best_score, find_run, leaderboard, list_runs, read_metadata
 from .store import open_store
 from .sweep import Job, SweepResult, load_manifest, plan_jobs, run_jobs
 from .training import interruptible, open_data, predict_split
@@ -486,7 +486,7 @@ def base_name(
 def name_for_checkpoint(checkpoint: Path) -> str:
     "The run that holds a checkpoint, else the file's stem."
     run = checkpoint.parent.parent
-    return run.name if (run / "run_metadata.json").is_file() else checkpoint.stem
+    return run.name if (run / "run_metadata.json").is_file() or is_original(run) else checkpoint.stem
 
 # %% ../nbs/18_pipeline.ipynb #18-037
 Runner = Callable[..., SweepResult]  # as `run_jobs`
@@ -925,9 +925,14 @@ def fine_tune_values(
     "The parameters of a pipeline that only fine-tunes. Raises `RunError` when there is no run to start from."
     root = Path(values.get("run_root") or "training_runs").resolve()
     run = _run_to_tune(root, checkpoint, run_dir)
-    start = checkpoint or best_checkpoint(run.checkpoints)
+    start = checkpoint or best_score(run)[1]
+    if start is None:
+        raise CheckpointError(run.checkpoints, "a best checkpoint", "none", "name one with --checkpoint")
     data = {}
-    if run and not values.get("graph_dir"):
+    if not values.get("graph_dir"):
+        if run is None or is_original(run.path):
+            found = f"none, and {start} lies in no run that names them"
+            raise ConfigError("graph_dir", "the graphs to fine-tune on", found, "name them with --graph-dir")
         paths = load_config(run.config_file).config.paths
         names = {"graph_dir": paths.graph, "train_labels": paths.train_labels, "val_labels": paths.val_labels}
         data = {name: str(path) for name, path in names.items()}
@@ -940,7 +945,7 @@ def _run_to_tune(root: Path, checkpoint: Path | None, run_dir: Path | None) -> R
         return find_run(root, run_dir)
     if checkpoint:
         run = RunDirectory(checkpoint.resolve().parent.parent)
-        return run if run.metadata_file.is_file() else None
+        return run if run.metadata_file.is_file() or is_original(run.path) else None
     ranked = [row for row in leaderboard(root) if row["status"] == "completed" and row["score"] is not None]
     if not ranked:
         raise RunError(root, "a completed run", "none", "run a sweep first, or name a checkpoint")

@@ -43,6 +43,7 @@ from rich.table import Table
 from topoqa_nb.config import (
     Config,
     LoadedConfig,
+    MlflowConfig,
     PathsConfig,
     absolute_overrides,
     config_differences,
@@ -53,8 +54,10 @@ from topoqa_nb.config import (
 )
 from .core import CheckpointError, ConfigError, RunError, did_you_mean, now, plain, sha256_file
 from .data import data_fingerprint, load_split, locate_data
+from .hardware import available_cores
 from .runs import RunDirectory, check_run_name, list_runs, read_metadata, update_metadata
 from .store import open_store
+from .tracking import open_sweep_run
 from .training import Interrupted
 
 # %% ../nbs/17_sweep.ipynb #17-006
@@ -387,6 +390,7 @@ def start_child(
     job: Job,
     scratch: Path,  # folder for what it prints
     command: Command = training_command,
+    environment: Mapping[str, str] | None = None,  # more of it, the same for all jobs
 ) -> Child:
     "Start a job's process."
     console, errors = scratch / f"{job.name}.out", scratch / f"{job.name}.err"
@@ -396,7 +400,7 @@ def start_child(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=err,
-            env=child_environment(job),
+            env=child_environment(job) | dict(environment or {}),
             start_new_session=True,
         )
     return Child(job, process, console, errors, time.monotonic())
@@ -489,6 +493,7 @@ class Supervisor:
     command: Command
     signals: list[int]  # see `noted_signals`
     scratch: Path
+    environment: Mapping[str, str]  # of every job's process, besides its own
     running: list[Child] = field(default_factory=list)
     results: dict[str, JobResult] = field(default_factory=dict)  # by job name
     told: float | None = None  # when the children were told to stop; time.monotonic()
@@ -505,7 +510,7 @@ class Supervisor:
                 self.collect(child)
 
     def start(self, job: Job) -> None:
-        self.running.append(start_child(job, self.scratch, self.command))
+        self.running.append(start_child(job, self.scratch, self.command, self.environment))
         self.say(f"{job.name} | started: {job.run.path}")
 
     def relay(self, child: Child) -> None:
@@ -625,6 +630,7 @@ def run_jobs(
     continue_on_error: bool = False,  # start the remaining jobs after one has failed
     skip_completed: bool = False,  # do not repeat a job that an earlier run completed on the same data
     executor: Literal["local", "ray"] = "local",  # where processes are started
+    name: str = "sweep",  # of the MLflow run above those of the jobs
     say: Callable[[str], object] = print,  # takes one line per event
     command: Command = training_command,  # what a job's process executes
 ) -> SweepResult:
@@ -638,8 +644,18 @@ def run_jobs(
     for job in waiting:
         check_run_name(job.run.path.parent, job.run_name)
     slots = job_slots(jobs, len(waiting))
-    results = earlier | _supervise(waiting, slots, continue_on_error, say, command)
-    return SweepResult(tuple(results[job.name] for job in planned))
+    with open_sweep_run(_tracking(waiting), name, say) as above:
+        results = earlier | _supervise(waiting, slots, continue_on_error, say, command, above.environment)
+        result = SweepResult(tuple(results[job.name] for job in planned))
+        above.status = "FINISHED" if result.completed else "FAILED"
+    return result
+
+
+def _tracking(jobs: Sequence[Job]) -> MlflowConfig:
+    "How the first tracked job is tracked; off when none is."
+    return next(
+        (job.loaded.config.mlflow for job in jobs if job.loaded.config.mlflow.enabled), MlflowConfig()
+    )
 
 
 def job_slots(
@@ -647,16 +663,18 @@ def job_slots(
     count: int,  # jobs that wait
 ) -> int:  # processes at a time, at least 1
     "How many processes run at a time."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(count, cores if asked == "auto" else asked))
+    return max(1, min(count, available_cores() if asked == "auto" else asked))
 
 
 def _supervise(
-    waiting: list[Job], slots: int, continue_on_error: bool, say: Callable[[str], object], command: Command
-) -> dict[str, JobResult]:
+    waiting: list[Job], slots: int, continue_on_error: bool, say: Callable[[str], object], command: Command,
+    environment: Mapping[str, str],
+) -> dict[str, JobResult]:  # fmt: skip
     "Run the loop to its end."
     with noted_signals() as signals, tempfile.TemporaryDirectory(prefix="topoqa_sweep_") as scratch:
-        crew = Supervisor(list(waiting), slots, continue_on_error, say, command, signals, Path(scratch))
+        crew = Supervisor(
+            list(waiting), slots, continue_on_error, say, command, signals, Path(scratch), environment
+        )
         try:
             crew.work()
         except BaseException:  # a closed pipe behind `say`, for one: no process is left behind
