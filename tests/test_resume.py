@@ -1,0 +1,130 @@
+"""A run that was stopped and resumed, against one that never stopped; and what a resume refuses."""
+
+import shutil
+
+import pytest
+import torch
+from test_training import run_once, start_slow_run, tiny  # noqa: F401
+
+from topoqa_nb.config import load_config
+from topoqa_nb.core import CheckpointError, ConfigError, RunError
+from topoqa_nb.model import read_checkpoint
+from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics, this_process, update_metadata
+from topoqa_nb.training import resume, train
+
+
+def weights(run):
+    return read_checkpoint(run.checkpoints / "last.chkpt")["state_dict"]
+
+
+def assert_equal_runs(one, other):
+    assert one.metrics_file.read_bytes() == other.metrics_file.read_bytes()
+    assert all(torch.equal(weights(one)[name], value) for name, value in weights(other).items())
+
+
+@pytest.mark.parametrize("scheduler", ["reduce_on_plateau", "none"])
+def test_resuming_from_last_continues_exactly(tiny, tmp_path, scheduler):  # noqa: F811
+    "With a scheduler that acts in between, and early stopping that counts across the stop."
+    settings = {"scheduler__type": scheduler, "scheduler__patience": 0, "early_stopping__patience": 3}
+    whole = run_once(tiny, tmp_path / "a", trainer__num_epochs=9, **settings)
+    part = run_once(tiny, tmp_path / "b", trainer__num_epochs=4, **settings)
+    resume(part, checkpoint="last", overrides=["trainer.num_epochs=9"])
+    assert_equal_runs(whole, part)
+    assert read_metadata(part)["status"] == "completed"
+
+
+def test_a_killed_run_resumes_as_if_it_had_not_been(tiny, tmp_path):  # noqa: F811
+    process = start_slow_run(tiny, tmp_path)
+    process.kill()
+    process.wait(timeout=60)
+    killed = RunDirectory(tmp_path / "slow")
+    epochs = len(read_metrics(killed)) + 2
+    resume(killed, checkpoint="last", overrides={"trainer.num_epochs": epochs})
+    recipe = load_config(tmp_path / "recipe" / "run" / "config" / "config.yaml")
+    changes = {"trainer.num_epochs": epochs, "early_stopping.patience": 500}
+    whole = train(load_config(recipe.source, changes), run_name="whole", output_root=tmp_path / "whole")
+    assert_equal_runs(whole, killed)
+
+
+def test_resuming_from_an_earlier_epoch_sets_the_later_ones_aside(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path, trainer__num_epochs=6)
+    before, files = (
+        run.metrics_file.read_text(),
+        sorted(path.name for path in run.checkpoints.glob("*epoch*")),
+    )
+    epochs = {name: read_checkpoint(run.checkpoints / name)["epoch"] for name in files}
+    name, epoch = min(epochs.items(), key=lambda item: item[1])
+    resume(run, checkpoint=run.checkpoints / name, overrides=["trainer.num_epochs=7"])
+    assert run.metrics_file.read_text().startswith(before)
+    assert read_metrics(run).epoch.tolist() == list(range(7))
+    aside = {path.name for path in (run.path / "resumed" / "1").iterdir()}
+    assert {other for other, later in epochs.items() if later > epoch} <= aside
+    assert {"metrics.csv", "config.yaml", "last.chkpt"} <= aside
+    entry = read_metadata(run)["resumes"][0]
+    assert (entry["after_epoch"], entry["moved_to"]) == (epoch, "resumed/1")
+
+
+def test_a_fine_tune_that_never_beat_its_parent_resumes_from_the_parent(tiny, tmp_path):  # noqa: F811
+    parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=6)
+    settings = {"resume_from": parent.checkpoints / "best.ckpt", "optimizer__learning_rate": 0.5}
+    child = run_once(tiny, tmp_path, "child", trainer__num_epochs=2, **settings)
+    assert (child.checkpoints / "best.ckpt").readlink().name.endswith("_epoch-01.chkpt")
+    rows = child.metrics_file.read_text()
+    resume(child, overrides=["trainer.num_epochs=3"])
+    assert child.metrics_file.read_text().startswith(rows)
+    assert read_metadata(child)["lineage"]["mode"] == "fine-tune"
+
+
+def test_a_finished_run_needs_more_epochs(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    with pytest.raises(RunError, match="raise the number with --override trainer.num_epochs=N"):
+        resume(run, checkpoint="last")
+    assert read_metadata(run)["status"] == "completed"
+
+
+def test_drift_is_named_field_by_field_and_can_be_accepted(tiny, tmp_path):  # noqa: F811
+    copy = tmp_path / "set"
+    shutil.copytree(tiny["paths.graph"], copy / "graph_data")
+    for name in ("train.csv", "val.csv"):
+        shutil.copy(tiny["paths.train_labels"].replace("train.csv", name), copy / name)
+    paths = {"paths__graph": str(copy / "graph_data"), "paths__train_labels": str(copy / "train.csv"),
+             "paths__val_labels": str(copy / "val.csv")}  # fmt: skip
+    run = run_once(tiny, tmp_path / "runs", **paths)
+    labels = (copy / "train.csv").read_text().splitlines()
+    (copy / "train.csv").write_text("\n".join(labels[:-1]) + "\n")
+    longer = ["trainer.num_epochs=4"]
+    with pytest.raises(ConfigError, match=r"data: fingerprint .*accept-drift"):
+        resume(run, checkpoint="last", overrides=longer)
+    with pytest.raises(ConfigError, match=r"optimizer.learning_rate: 0.005 in the run, 0.1 now"):
+        resume(run, checkpoint="last", overrides=[*longer, "optimizer.learning_rate=0.1"])
+    assert len(read_metrics(run)) == 2
+    resume(run, checkpoint="last", overrides=longer, accept_drift=True)
+    assert read_metadata(run)["resumes"][0]["drift"]
+    assert len(read_metrics(run)) == 4
+
+
+def test_workers_logging_and_length_are_no_drift(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    resume(
+        run,
+        checkpoint="last",
+        overrides=["trainer.num_epochs=3", "logging.log_lr=true", "trainer.limit_val_batches=1"],
+    )
+    assert "lr=" in run.console_file.read_text().splitlines()[-2]
+
+
+def test_a_run_that_is_running_is_left_alone(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    update_metadata(run, status="running", environment={"process": this_process()})
+    with pytest.raises(RunError, match="a run that has ended"):
+        resume(run, overrides=["trainer.num_epochs=9"])
+
+
+def test_a_run_without_the_wanted_checkpoint_says_so(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    with pytest.raises(CheckpointError, match="use best, last, or a file"):
+        resume(run, checkpoint=tmp_path / "absent.chkpt", overrides=["trainer.num_epochs=9"])
+    shutil.rmtree(run.checkpoints)
+    run.checkpoints.mkdir()
+    with pytest.raises(CheckpointError):
+        resume(run, overrides=["trainer.num_epochs=9"])
