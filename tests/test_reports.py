@@ -58,13 +58,19 @@ def test_failed_runs_stand_last_and_break_nothing():
 
 def test_a_fine_tune_that_gained_nothing_is_shown_as_such():
     parent = "a/model_checkpoints/best.chkpt"
-    kept = record("a_phase1", 0.1000001, parent_checkpoint=parent, parent_score=0.1, improved_on_parent=False)
+    facts = {
+        "parent_checkpoint": parent,
+        "parent_score": 0.1,
+        "improved_on_parent": False,
+        "trained_score": 0.12,
+    }
+    kept = record("a_phase1", 0.1000001, **facts)
     table = phases_table([kept])
     assert table.change[0] == 0
     assert table.outcome[0] == "the parent's weights"
     assert table.parent[0] == "a"
     texts = [text.get_text() for text in plot_phases([kept]).axes[0].texts]
-    assert texts == ["no epoch beat the parent"]
+    assert texts == ["+0.02000, no epoch beat the parent"]
 
 
 def test_no_fine_tunes():

@@ -7,11 +7,11 @@ __all__ = ['Overrides', 'PATH_PARAMETERS', 'DEMO_PHASES', 'STAGES', 'Runner', 'S
            'PipelineParameters', 'pipeline_parameters', 'absolute_parameters', 'injected_names', 'check_parameters',
            'Pipeline', 'manifest_of', 'given_overrides', 'stage_overrides', 'stage_configs', 'sweep_jobs', 'settle',
            'unused', 'open_pipeline', 'claim_reports', 'stage_file', 'read_stage', 'stage_runs', 'is_completed',
-           'recorded_stage', 'error_record', 'restored_error', 'run_record', 'parent_score', 'best_run', 'base_name',
-           'name_for_checkpoint', 'print_progress', 'run_stage_jobs', 'sweep_stage', 'earlier_runs', 'fine_tune_config',
-           'starting_point', 'parent_shapes', 'phase_jobs', 'phase1_stage', 'phase2_stage', 'needed', 'finish',
-           'lineage_of', 'evaluate_on_test', 'plan_pipeline', 'shown_settings', 'execute_notebook', 'export_html',
-           'execute_stage', 'run_pipeline', 'fine_tune_values', 'fine_tune']
+           'recorded_stage', 'error_record', 'restored_error', 'run_record', 'trained_score', 'parent_score',
+           'best_run', 'base_name', 'name_for_checkpoint', 'print_progress', 'run_stage_jobs', 'sweep_stage',
+           'earlier_runs', 'fine_tune_config', 'starting_point', 'parent_shapes', 'phase_jobs', 'phase1_stage',
+           'phase2_stage', 'needed', 'finish', 'lineage_of', 'evaluate_on_test', 'plan_pipeline', 'shown_settings',
+           'execute_notebook', 'export_html', 'execute_stage', 'run_pipeline', 'fine_tune_values', 'fine_tune']
 
 # %% ../nbs/18_pipeline.ipynb #18-003
 import ast
@@ -61,7 +61,15 @@ from topoqa_nb.core import (
 from .data import load_split, locate_data
 from .metrics import regression_metrics
 from .original import is_original
-from .runs import RunDirectory, best_score, find_run, leaderboard, list_runs, read_metadata
+from topoqa_nb.runs import (
+    RunDirectory,
+    best_score,
+    find_run,
+    leaderboard,
+    list_runs,
+    read_metadata,
+    read_metrics,
+)
 from .store import open_store
 from .sweep import Job, SweepResult, load_manifest, plan_jobs, run_jobs
 from .training import interruptible, open_data, predict_split
@@ -444,8 +452,18 @@ def run_record(
         "parent_checkpoint": _relative(lineage.get("parent_checkpoint"), run_root),
         "parent_score": parent_score(lineage, selection.get("primary_metric")),
         "improved_on_parent": lineage.get("improved_on_parent"),
+        "trained_score": trained_score(run, selection.get("primary_metric")),
         "reason": metadata.get("reason"),
     }
+
+
+def trained_score(
+    run: RunDirectory,
+    primary_metric: str,  # metric the run ranks by
+) -> float | None:  # None before the first epoch
+    "The best score among the epochs that a run trained itself, its parent left aside."
+    values = read_metrics(run)[primary_metric].dropna()
+    return None if values.empty else float(values.min())
 
 
 def parent_score(

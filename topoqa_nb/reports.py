@@ -276,7 +276,7 @@ def _change(run: Mapping) -> float:
 def plot_phases(
     runs: Sequence[Mapping],  # records of fine-tunes, in the order in which they ran
 ) -> Figure:
-    "An arrow from each parent's score to the fine-tune's; no arrow where no epoch beat the parent."
+    "From each parent's score to the best epoch of its fine-tune: filled and to the left if it is better."
     figure, (axis,) = new_figure(size=(7.5, 1.6 + 0.42 * len(runs)))
     if not runs:
         axis.set(title="No fine-tune was run", xticks=[], yticks=[])
@@ -288,7 +288,7 @@ def plot_phases(
     axis.set_xlabel(f"{score_name(runs)} on the validation split")
     axis.margins(x=0.35)
     axis.plot([], [], label="parent", **PARENT)
-    axis.plot([], [], label="fine-tune", **FINE_TUNE)
+    axis.plot([], [], label="best epoch of the fine-tune", **FINE_TUNE)
     legend_below(figure, axis, columns=2)
     return figure
 
@@ -303,16 +303,22 @@ FINE_TUNE = {"marker": "<", "color": COLOURS[0], "markersize": 9, "linestyle": "
 
 
 def _draw_fine_tune(axis: Axes, row: int, run: Mapping) -> None:
-    "One line of the figure: the parent, the fine-tune if it is better, and the difference in words."
-    better = bool(run["improved_on_parent"])
+    "One line of the figure: the parent, the best epoch that was trained, and the difference in words."
+    better, trained = bool(run["improved_on_parent"]), run["trained_score"]
     colour = COLOURS[0] if better else "0.45"
-    if better:
-        axis.plot([run["parent_score"], run["score"]], [row, row], color=colour, linewidth=2)
-        axis.plot(run["score"], row, **FINE_TUNE)
+    text = "no epoch beat the parent" if trained is None else f"{trained - run['parent_score']:+.5f}"
+    if trained is not None:
+        axis.plot([run["parent_score"], trained], [row, row], color=colour, linewidth=2, zorder=1)
+        axis.plot(
+            trained,
+            row,
+            **FINE_TUNE | ({} if better else {"markerfacecolor": "white", "markeredgecolor": colour}),
+        )
+        text += "" if better else ", no epoch beat the parent"
     axis.plot(run["parent_score"], row, **PARENT)
-    text = f"{_change(run):+.5f}" if better else "no epoch beat the parent"
-    place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
-    axis.annotate(text, (run["parent_score"], row), fontsize=8, color=colour, **place)
+    right = max(run["parent_score"], run["parent_score"] if trained is None else trained)
+    place = {"xytext": (12, 0), "textcoords": "offset points", "va": "center"}
+    axis.annotate(text, (right, row), fontsize=8, color=colour, **place)
 
 # %% ../nbs/21_reports.ipynb #21-040
 def pooled_features(
