@@ -8,7 +8,8 @@ __all__ = ['app', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', 'RUN_ROOT', '
            'validate_command', 'env_command', 'run_command', 'resume_command', 'batch_command', 'chosen_run',
            'summarise_command', 'monitor_command', 'archive_command', 'text_of', 'run_cells', 'config_cells',
            'print_table', 'print_tables', 'print_rows', 'leaderboard_command', 'given_parameters', 'parameter_value',
-           'pipeline_values', 'run_or_plan', 'print_outcome', 'pipeline_command', 'fine_tune_command']
+           'pipeline_values', 'run_or_plan', 'print_outcome', 'pipeline_command', 'fine_tune_command',
+           'ramdisk_command', 'options_of_pipeline']
 
 # %% ../nbs/23_cli.ipynb #23-003
 import csv
@@ -587,6 +588,55 @@ def fine_tune_command(
 
     run_or_plan(fine_tune_values(*start, values), dry_run)
 
-# %% ../nbs/23_cli.ipynb #23-044
+# %% ../nbs/23_cli.ipynb #23-043
+@app.command("ramdisk")
+def ramdisk_command(
+    context: typer.Context,
+    graph_dir: Annotated[
+        str | None, typer.Option(help="Graphs to stage; default: GRAPH_DIR, else the demo data.")
+    ] = None,
+    manifest: Annotated[str | None, typer.Option(help="Jobs of the sweep; default: run_core.yaml.")] = None,
+    size: Annotated[str | None, typer.Option(help="Ceiling for the volume, such as 12G.")] = None,
+    headroom: Annotated[str | None, typer.Option(help="Memory that must stay free beside it.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the volume.")] = None,
+    baseline_num_workers: Annotated[
+        int | None, typer.Option(help="Data loader processes of a run from disk.")
+    ] = None,
+    ram_num_workers: Annotated[
+        int | None, typer.Option(help="Data loader processes of a run from memory.")
+    ] = None,
+    skip_baseline: Annotated[bool, typer.Option("--skip-baseline", help="Run from memory alone.")] = False,
+    repeats: Annotated[int, typer.Option(help="How often the two are run, in turns.")] = 1,
+    mount: Annotated[
+        bool, typer.Option("--mount", help="Linux: mount a tmpfs instead of using /dev/shm.")
+    ] = False,
+    pipeline: Annotated[
+        list[str], typer.Argument(metavar="[-- PIPELINE OPTIONS]", help="As of topoqa pipeline.")
+    ] = [],  # noqa: B006
+) -> None:
+    "Run the pipeline from disk and from memory, and compare."
+    settings = {key: value for key, value in context.params.items() if key != "pipeline"}
+    values = options_of_pipeline(pipeline)
+    from topoqa_nb.ramdisk import compare, ramdisk_settings, write_report
+
+    record = compare(ramdisk_settings(settings), values)
+    print("\n".join(record["conclusion"]))
+    print(f"record:  {record['file']}")
+    print(f"report:  {write_report(Path(record['file']))}")
+
+
+def options_of_pipeline(
+    arguments: Sequence[str],  # as they could follow `topoqa pipeline`
+) -> dict[str, object]:
+    "The pipeline's parameters that another command passes through."
+    command = typer.main.get_command(app).commands["pipeline"]
+    with command.make_context("topoqa pipeline", joined_pairs(arguments)) as context:
+        if context.params["dry_run"]:
+            raise ConfigError(
+                "--dry-run", "topoqa pipeline", "another command", "run topoqa pipeline --dry-run instead"
+            )
+        return pipeline_values(context)
+
+# %% ../nbs/23_cli.ipynb #23-046
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())
