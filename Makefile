@@ -34,7 +34,7 @@ lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py
 
 export: $(STAMP) ## format and clean the notebooks, export the package from them
-	$(BIN)/ruff format --quiet nbs pipelines tests .ci
+	$(BIN)/ruff format --quiet nbs pipelines tests scripts .ci
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname pipelines
 	$(BIN)/nbdev_export

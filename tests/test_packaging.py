@@ -82,7 +82,7 @@ def test_one_version_everywhere():
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "The wheel of a copy of the repository; building writes beside the source."
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("topoqa_nb", *SHIPPED):
+    for name in ("topoqa_nb", "scripts", *SHIPPED):
         shutil.copytree(REPOSITORY / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, copy)
