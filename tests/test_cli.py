@@ -400,7 +400,13 @@ def test_a_batch_ends_with_its_table_and_a_code(status: str, code: int, tmp_path
     words = ["--limit", "2", "--jobs", "3", "--skip-completed", "--output-root", str(tmp_path)]
     assert main(["batch", "--manifest", "run_core.yaml", *words]) == code
     assert given.pop("names") == ["sched_boost_seed222", "sched_boost_lr035_seed222"]
-    assert given == {"jobs": 3, "continue_on_error": False, "skip_completed": True, "executor": "local"}
+    assert given == {
+        "jobs": 3,
+        "continue_on_error": False,
+        "skip_completed": True,
+        "executor": "local",
+        "name": "run_core",
+    }
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", status, "-0.25000", "3.0"]
 
 
