@@ -451,3 +451,11 @@ def test_real_labels_find_their_graphs(shared_dir):
         matched = match_labels(read_labels(shared_dir / "data" / f"{name}.csv"), graphs)
         assert matched.missing == []
         assert all(target_of(graph) for graph in matched.names)
+
+
+def test_a_label_file_that_may_be_cut_short_is_noted(tmp_path):
+    file = tmp_path / "train.csv"
+    file.write_text("MODEL,dockq\na,0.5\nb,0.0739")
+    assert "may be cut short" in read_labels(file).notes[0]
+    file.write_text("MODEL,dockq\na,0.5\nb,0.0739\n")
+    assert read_labels(file).notes == []

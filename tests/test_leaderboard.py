@@ -106,10 +106,12 @@ def test_every_state_of_a_run(root):
     assert "whole last line" in rows["cut"]["reason"]
 
 
-def test_metrics_are_read_of_runs_that_are_going_alone(root):
+def test_damaged_metrics_of_a_finished_run_are_named_though_its_progress_is_known(root):
     run = make(root, "done", -0.6)
     run.metrics_file.write_text("damaged")
-    assert leaderboard(root)[0]["epochs_done"] == 2
+    row = leaderboard(root)[0]
+    assert (row["run_name"], row["status"]) == ("done", "unreadable")
+    assert "metrics.csv" in row["reason"]
     assert progress(run, read_metadata(run)) == {"epochs_done": 2, "epochs": 10}
 
 
@@ -339,3 +341,37 @@ def test_summarise_says_what_is_left(root, capsys):
     every_state(root)
     out = topoqa(capsys, "summarise", "--root", root, "--run-id", "going")[1]
     assert json.loads(out)["progress"]["epochs_left"] == 8 and json.loads(out)["process"] == "alive"
+
+
+def test_a_run_whose_checkpoints_are_gone_or_whose_metrics_are_cut_is_named(tmp_path):
+    from topoqa_nb.config import load_config
+    from topoqa_nb.core import CheckpointError, RunError
+    from topoqa_nb.monitor import snapshot
+    from topoqa_nb.runs import append_metrics, create_run, summarise, update_metadata
+
+    loaded = load_config(None, {"paths.save_dir": tmp_path})
+    row = {
+        "epoch": 0,
+        "step": 1,
+        "train_loss": 0.1,
+        "val_loss": 0.1,
+        "val_spearman_corr": 0.5,
+        "selection_metric": -0.4,
+    }
+    runs = {
+        name: create_run(tmp_path, name, loaded, loaded.config, command=["x"]) for name in ("gone", "cut")
+    }
+    for run in runs.values():
+        append_metrics(run, row)
+        update_metadata(run, status="completed")
+    update_metadata(runs["gone"], checkpoints={"best": "checkpoint.sel--0.40000_val-0.10000_epoch000.chkpt"})
+    text = runs["cut"].metrics_file.read_text()
+    runs["cut"].metrics_file.write_text(text[:-4])
+    for look in (summarise, snapshot):
+        with pytest.raises(CheckpointError, match="expected the best checkpoint"):
+            look(runs["gone"])
+        with pytest.raises(RunError, match="a whole last line"):
+            look(runs["cut"])
+    rows = {entry["run_name"]: entry for entry in leaderboard(tmp_path)}
+    assert (rows["gone"]["checkpoint"], rows["gone"]["reason"]) == (None, "its checkpoints are gone")
+    assert rows["cut"]["status"] == "unreadable"

@@ -128,3 +128,20 @@ def test_a_run_without_the_wanted_checkpoint_says_so(tiny, tmp_path):  # noqa: F
     run.checkpoints.mkdir()
     with pytest.raises(CheckpointError):
         resume(run, overrides=["trainer.num_epochs=9"])
+
+
+def damaged(run, text):
+    run.metrics_file.write_text(text)
+    return run.metrics_file.read_bytes(), read_metadata(run)
+
+
+@pytest.mark.parametrize("damage", ["half-written", "a row gone"])
+def test_damaged_metrics_are_refused_before_anything_changes(tiny, tmp_path, damage):  # noqa: F811
+    run = run_once(tiny, tmp_path, trainer__num_epochs=3)
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    broken = "".join(lines)[:-9] if damage == "half-written" else "".join(lines[:2] + lines[3:])
+    before = damaged(run, broken)
+    expected = "a whole last line" if damage == "half-written" else "none for epoch 1"
+    with pytest.raises(RunError, match=expected):
+        resume(run, checkpoint="last", overrides=["trainer.num_epochs=5"])
+    assert (run.metrics_file.read_bytes(), read_metadata(run)) == before

@@ -93,7 +93,15 @@ def read_labels(
     dropped, repeated = len(table) - len(usable), len(usable) - len(distinct)
     notes = [f"{_counted(dropped, 'row')} dropped, dockq is not a finite number"] * bool(dropped)
     notes += [f"{_counted(repeated, 'identical duplicate row')} collapsed"] * bool(repeated)
+    notes += ["warning: the last line has no line break, so the file may be cut short"] * _ends_open(path)
     return Labels(path, distinct, dropped, [f"{path.name}: {note}" for note in notes])
+
+
+def _ends_open(path: Path) -> bool:
+    "A file that was written whole ends with a line break, as every CSV writer leaves it."
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) not in (b"\n", b"\r")
 
 
 def _counted(count: int, noun: str) -> str:

@@ -30,6 +30,7 @@ from topoqa_nb.runs import (
     progress,
     read_metadata,
     read_metrics,
+    refuse_damaged,
 )
 
 # %% ../nbs/22_monitor.ipynb #22-008
@@ -60,6 +61,7 @@ def snapshot(
 ) -> dict[str, object]:  # plain types, ready for JSON
     "What can be said about a run now. Raises `RunError` when its files are damaged or half-written."
     metadata, metrics = read_metadata(run), read_metrics(run)
+    refuse_damaged(run, metadata)
     status, best = metadata.get("status"), metadata.get("selection") or {}
     lost = status == "running" and not is_going(metadata)
     names = ("best_score", "best_epoch", "best_val_loss", "best_val_spearman")

@@ -1173,8 +1173,9 @@ def conclusion(
         if compared(record, key)
     ]
     epochs = compared(record, "later_epoch_seconds") or compared(record, "first_epoch_seconds")
-    if epochs and epochs[0] in ("equal", "undecided"):
-        said.append(_page_cache_sentence(baseline_cached(record), epochs[0]))
+    cached = baseline_cached(record)
+    if epochs and (epochs[0] in ("equal", "undecided") or (cached or 0) >= CACHED_FROM):
+        said.append(_page_cache_sentence(cached, epochs[0]))
     return [*said, _total_sentence(record), *_doubts(record)]
 
 

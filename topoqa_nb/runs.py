@@ -7,8 +7,8 @@ __all__ = ['RESERVED_NAMES', 'CLOCK_TOLERANCE', 'BEST', 'METRIC_COLUMNS', 'WHOLE
            'RunDirectory', 'check_run_name', 'default_run_name', 'this_process', 'process_state', 'is_going',
            'initial_metadata', 'read_metadata', 'update_metadata', 'create_run', 'read_metrics', 'best_epoch',
            'update_best', 'append_metrics', 'environment', 'git_state', 'list_runs', 'find_run', 'idle_epochs',
-           'outlook', 'progress', 'best_score', 'summarise', 'leaderboard_row', 'settings_fingerprint', 'ranked_rows',
-           'leaderboard', 'by_config', 'archive']
+           'outlook', 'progress', 'best_score', 'checkpoints_are_gone', 'refuse_damaged', 'summarise',
+           'leaderboard_row', 'settings_fingerprint', 'ranked_rows', 'leaderboard', 'by_config', 'archive']
 
 # %% ../nbs/13_runs.ipynb #13-003
 import math
@@ -559,11 +559,32 @@ SUMMARISED = (  # taken over from the metadata as they are
 )
 
 
+def checkpoints_are_gone(
+    run: RunDirectory,
+    metadata: Mapping[str, object],
+) -> bool:
+    "Do the metadata name a best checkpoint while there is none?"
+    return bool(_section(metadata, "checkpoints").get("best")) and _best_file(run) is None
+
+
+def refuse_damaged(
+    run: RunDirectory,
+    metadata: Mapping[str, object],
+) -> None:
+    "Raise `RunError` for half-written metrics, `CheckpointError` when the best checkpoint is gone."
+    read_metrics(run)
+    if checkpoints_are_gone(run, metadata):
+        name = metadata["checkpoints"]["best"]
+        fix = "restore the files from a copy, or train again"
+        raise CheckpointError(run.checkpoints, f"the best checkpoint {name}", "no checkpoint", fix)
+
+
 def summarise(
     run: RunDirectory,
 ) -> dict[str, object]:  # plain types, ready for JSON
-    "What a person wants to know about a run. Raises `RunError` when its files are damaged."
+    "What a person wants to know about a run. Raises `RunError` and `CheckpointError` when its files are damaged."
     metadata = read_metadata(run)
+    refuse_damaged(run, metadata)
     about = {key: metadata.get(key) for key in SUMMARISED}
     return plain(
         {
@@ -607,6 +628,7 @@ def leaderboard_row(
     "The facts of a run that the leaderboard shows; rank comes later."
     selection, checkpoint = _section(metadata, "selection"), _section(metadata, "checkpoints").get("best")
     score, source = selection.get("best_score"), metadata.get("source_config")
+    gone = checkpoints_are_gone(run, metadata)
     return {
         "rank": None,
         "run_name": run.name,
@@ -625,8 +647,8 @@ def leaderboard_row(
         "seed": _section(_section(metadata, "training_parameters"), "dataloader").get("seed"),
         "settings": settings_fingerprint(metadata),
         "archived": run.path.parent.name == "history",
-        "checkpoint": str(run.checkpoints / checkpoint) if checkpoint else None,
-        "reason": metadata.get("reason"),
+        "checkpoint": str(run.checkpoints / checkpoint) if checkpoint and not gone else None,
+        "reason": "its checkpoints are gone" if gone else metadata.get("reason"),
     }
 
 
@@ -676,6 +698,7 @@ def leaderboard(
     for run in list_runs(root):
         try:
             metadata = read_metadata(run)
+            read_metrics(run)  # a half-written file makes the run unreadable
             rows.append(leaderboard_row(metadata, run) | progress(run, metadata))
         except TopoqaError as problem:
             nothing = leaderboard_row({}, run)

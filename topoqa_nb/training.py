@@ -8,7 +8,7 @@ __all__ = ['NOT_DRIFT', 'window_scale', 'make_scheduler', 'refuse_non_finite', '
            'refuse_other_schema', 'trainer_arguments', 'wants_bar', 'interruptible', 'recorded', 'train',
            'describe_start', 'run_environment', 'lineage', 'fit', 'make_callbacks', 'conclude', 'drift',
            'chosen_checkpoint', 'checkpoint_epoch', 'next_folder', 'rewind', 'resume', 'continued_parent',
-           'say_resumed', 'refuse_running', 'refuse_complete', 'refuse_drift', 'note_resume']
+           'say_resumed', 'refuse_running', 'refuse_missing_rows', 'refuse_complete', 'refuse_drift', 'note_resume']
 
 # %% ../nbs/16_training.ipynb #16-003
 import itertools
@@ -86,6 +86,7 @@ from topoqa_nb.runs import (
     environment,
     process_state,
     read_metadata,
+    read_metrics,
     update_best,
     update_metadata,
 )
@@ -655,6 +656,7 @@ def resume(
     loaded = load_config(run.config_file, overrides)
     config, epoch = loaded.config, checkpoint_epoch(content)
     refuse_complete(run, epoch, config)
+    refuse_missing_rows(run, epoch)
     check_device(config.trainer)
     check_tracking(config.mlflow)
     threads = metadata["environment"]["threads"]
@@ -699,6 +701,16 @@ def refuse_running(run: RunDirectory, metadata: Mapping) -> None:
     if metadata["status"] == "running" and process_state(metadata) != "gone":
         found = f"status running, process {process_state(metadata)}"
         raise RunError(run.path, "a run that has ended", found, "wait for it, or stop it first")
+
+
+def refuse_missing_rows(run: RunDirectory, epoch: int) -> None:
+    "Raise `RunError` when metrics.csv is half-written or lacks a row of an epoch that the checkpoint has seen."
+    there = set(read_metrics(run).epoch)
+    missing = [number for number in range(epoch + 1) if number not in there]
+    if missing:
+        found = f"none for epoch {', '.join(map(str, missing))}"
+        fix = "restore the file from a copy, or resume from an earlier checkpoint"
+        raise RunError(run.metrics_file, f"a row for every epoch up to {epoch}", found, fix)
 
 
 def refuse_complete(run: RunDirectory, epoch: int, config: Config) -> None:
