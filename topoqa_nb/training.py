@@ -371,20 +371,29 @@ def wants_bar(config: Config) -> bool:
 # %% ../nbs/16_training.ipynb #16-020
 @contextmanager
 def interruptible() -> Iterator[None]:
-    "Raise `Interrupted` on SIGINT and SIGTERM; a second signal does not disturb the cleaning up after the first."
+    """Raise `Interrupted` on SIGINT and SIGTERM, whatever it meets on its way out.
+
+    A second signal within five seconds does not disturb the cleaning up after the first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signals = (signal.SIGINT, signal.SIGTERM)
+    received: list[tuple[int, float]] = []
 
     def stop(signum: int, frame: object) -> None:
-        for each in signals:
-            signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(signum)
+        if not received or time.monotonic() - received[-1][1] > 5:
+            received.append((signum, time.monotonic()))
+            raise Interrupted(signum)
 
-    before = {each: signal.signal(each, stop) for each in signals}
+    before = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except BaseException:
+        if received:  # Lightning, or a callback of a library, may have made something else of it
+            raise Interrupted(received[0][0]) from None
+        raise
+    else:
+        if received:
+            raise Interrupted(received[0][0])
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
