@@ -13,8 +13,8 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import signal
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -96,28 +96,23 @@ def atomic_path(
     "Whatever is written to the yielded path becomes `path` in one step, or leaves no trace."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    temporary = _temporary_name(path)
+    try:  # named before it exists: a signal at any moment finds the cleaning up in place
+        temporary.touch(exist_ok=False)
         yield temporary
         _flush_to_disk(temporary)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def _flush_to_disk(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    "The process's umask; reading it means setting it for a moment."
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_text(
@@ -182,10 +177,12 @@ def replace_link(
     link, target = Path(link), Path(target)
     if link.exists() and not link.is_symlink():
         raise RunError(link, "a symbolic link or nothing", "a file or directory", "move it away")
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    temporary.replace(link)
+    temporary = _temporary_name(link)
+    try:
+        temporary.symlink_to(os.path.relpath(target, link.parent))
+        temporary.replace(link)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,0 +1,38 @@
+"Whole files and links, whenever a signal comes."
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from topoqa_nb.core import replace_link, write_json
+
+
+class Alarm(Exception):
+    "What the signal handler of this test raises."
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers (not on Windows)")
+@pytest.mark.parametrize("write", [write_json, replace_link], ids=["file", "link"])
+def test_a_signal_at_any_moment_leaves_no_temporary_file(tmp_path: Path, write):
+    armed = False
+
+    def ring(*_: object) -> None:
+        if armed:
+            raise Alarm
+
+    dice, before = random.Random(0), signal.signal(signal.SIGALRM, ring)
+    try:
+        for _ in range(500):
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 1e-3), 1e-3)
+                while True:
+                    write(tmp_path / "out", tmp_path / "target")
+            except Alarm:
+                armed = False
+            assert [path.name for path in tmp_path.iterdir() if path.name != "out"] == []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
