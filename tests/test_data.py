@@ -330,6 +330,8 @@ def test_batches_are_what_pyg_makes(train):
     batch = next(iter(make_loader(train, batch_size=5, shuffle=True, seed=1)))
     numbers = train.index[batch.position]
     expected = Batch.from_data_list([train.store.graph(number) for number in numbers.tolist()])
+    expected.edge_index = expected.edge_index[:, batch.edge_order]
+    expected.edge_attr = expected.edge_attr[batch.edge_order]
     for key in ("x", "edge_index", "edge_attr", "batch", "ptr"):
         assert torch.equal(batch[key], expected[key]), key
     assert batch.num_graphs == 5

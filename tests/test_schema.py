@@ -6,6 +6,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch_geometric.data import Data
@@ -482,11 +483,13 @@ def test_ten_thousand_graphs_resolve_fast(tmp_path: Path):
         graph_dir=tmp_path,
         names=names,
         file_sizes=[0] * count,
-        x=torch.zeros(count, len(columns)),
-        edge_index=torch.zeros(2, 0, dtype=torch.int64),
-        edge_attr=torch.zeros(0, 3),
-        node_ptr=torch.arange(count + 1),
-        edge_ptr=torch.zeros(count + 1, dtype=torch.int64),
+        x=np.zeros((count, len(columns)), dtype=np.float32),
+        edges=np.zeros(0, dtype=np.int32),
+        edge_attr=np.zeros((0, 3), dtype=np.float32),
+        node_counts=torch.ones(count, dtype=torch.int64),
+        edge_counts=torch.zeros(count, dtype=torch.int64),
+        node_starts=torch.arange(count),
+        edge_starts=torch.zeros(count, dtype=torch.int64),
     )
     start = time.process_time()
     found = quiet(tmp_path, store=store)

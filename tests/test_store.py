@@ -1,18 +1,32 @@
-"""The one reader of graph files, and batches cut out of the store."""
+"""The one reader of graph files, the packed store on the disk, and batches cut out of it."""
 
+import errno
+import json
+import logging
+import multiprocessing
 import os
 import pickle
-from collections.abc import Callable
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
+from topoqa_nb import store as store_module
 from topoqa_nb.core import DataError, SchemaError
 from topoqa_nb.store import GraphStore, list_graphs, open_store, read_graph
 
 TENSORS = ("x", "edge_index", "edge_attr", "batch", "ptr")
+needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forked processes are used on Linux only")
 
 
 def graph(nodes: int = 5, edges: int = 8, *, node_width: int = 4, edge_width: int = 3, seed: int = 0) -> Data:
@@ -275,12 +289,32 @@ def test_a_batch_equals_collation(tmp_path: Path, originals: list[Data], chosen:
     collated = Batch.from_data_list([originals[number] for number in chosen])
     for indices in (chosen, torch.tensor(chosen)):
         batch = store.batch(indices)
-        for key in TENSORS:
-            assert batch[key].dtype == collated[key].dtype, key
-            assert torch.equal(batch[key], collated[key]), key
+        assert_same_batch(batch, collated)
         assert isinstance(batch, Batch) and batch.num_graphs == len(chosen)
         assert batch.graph_index.tolist() == chosen
         assert batch.name == [f"T/T_{number}" for number in chosen]
+
+
+def assert_same_batch(batch: Batch, collated: Batch) -> None:
+    "Identical in every bit once the order of the edges is undone."
+    order, batch = batch.edge_order, batch.clone()
+    assert order.dtype == torch.int64
+    assert torch.equal(order.sort().values, torch.arange(collated.num_edges))
+    targets = batch.edge_index[1]
+    assert (targets.diff() >= 0).all()
+    assert (order.diff() > 0)[targets.diff() == 0].all(), "edges of one target left their order"
+    in_file_order = order.argsort()
+    batch.edge_index, batch.edge_attr = batch.edge_index[:, in_file_order], batch.edge_attr[in_file_order]
+    for key in TENSORS:
+        assert batch[key].dtype == collated[key].dtype, key
+        assert batch[key].is_contiguous(), key
+        assert torch.equal(batch[key], collated[key]), key
+
+
+def test_a_graph_is_as_in_its_file(tmp_path: Path, originals: list[Data]):
+    store = open_store(tmp_path)
+    for number, original in enumerate(originals):
+        assert all(torch.equal(store.graph(number)[key], original[key]) for key in TENSORS[:3])
 
 
 def test_writing_to_a_batch_or_graph_leaves_the_store_alone(tmp_path: Path, originals: list[Data]):
@@ -335,19 +369,557 @@ def test_two_widths_list_at_most_five_files_each(tmp_path: Path, owner: str):
         open_store(tmp_path)
 
 
-def test_a_store_survives_pickling_for_loader_processes(tmp_path: Path, originals: list[Data]):
-    store = pickle.loads(pickle.dumps(open_store(tmp_path)))
-    assert isinstance(store, GraphStore)
-    assert torch.equal(store.batch([2, 0]).x, torch.cat([originals[2].x, originals[0].x]))
-
-
 def test_real_graphs(shared_dir: Path):
-    store = open_store(shared_dir / "data" / "graphs")
+    graph_dir = shared_dir / "data" / "graphs"
+    store = open_store(graph_dir)
     assert (len(store), store.edge_width) == (1044, 11)
     chosen = torch.randperm(len(store), generator=torch.Generator().manual_seed(0))[:64]
-    batch = store.batch(chosen)
-    collated = Batch.from_data_list([store.graph(number) for number in chosen.tolist()])
-    assert all(torch.equal(batch[key], collated[key]) for key in TENSORS)
+    files = [graph_dir / f"{store.names[number]}.pt" for number in chosen.tolist()]
+    assert_same_batch(store.batch(chosen), Batch.from_data_list([read_graph(file) for file in files]))
+
+
+# --- the packed files ---
+
+
+@pytest.fixture
+def graph_dir(tmp_path: Path, originals: list[Data]) -> Path:
+    "The graphs of `originals` in a directory without anything else."
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "T").rename(tmp_path / "graphs" / "T")
+    return tmp_path / "graphs"
+
+
+@pytest.fixture
+def opened(graph_dir: Path, tmp_path: Path) -> Callable[..., GraphStore]:
+    "Opens the store of `graph_dir`, kept beside it."
+    return lambda names=None, **options: open_store(
+        graph_dir, names, store_dir=tmp_path / "stores", **options
+    )
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("a graph file was read")
+
+
+def left_behind(folder: Path) -> list[str]:
+    "Names of what is neither a lock nor a note of origin, in the folder of one graph directory."
+    return sorted(path.name for path in folder.iterdir() if path.name not in ("lock", "origin"))
+
+
+def assert_holds(store: GraphStore, originals: list[Data]) -> None:
+    assert_same_batch(store.batch(range(len(store))), Batch.from_data_list(originals))
+
+
+def test_the_second_opening_reads_no_graph(opened, originals: list[Data], monkeypatch: pytest.MonkeyPatch):
+    first = opened()
+    monkeypatch.setattr(store_module, "read_graph", refuse)
+    second = opened()
+    assert second.folder == first.folder is not None
+    assert_holds(second, originals)
+
+
+def test_it_lives_in_the_cache_folder_and_never_with_the_graphs(graph_dir: Path, cache_folder: Path):
+    before = sorted(graph_dir.rglob("*"))
+    store = open_store(graph_dir)
+    assert store.folder.is_relative_to(cache_folder / "topoqa_nb" / "stores")
+    assert sorted(graph_dir.rglob("*")) == before
+
+
+def test_one_store_directory_serves_several_graph_directories(opened, graph_dir: Path, tmp_path: Path):
+    first = opened()
+    save(graph(9, 9), tmp_path / "others" / "a.pt")
+    other = open_store(tmp_path / "others", store_dir=tmp_path / "stores")
+    assert (len(first), len(other)) == (len(SHAPES), 1)
+    assert opened().folder == first.folder and first.folder.is_dir()
+
+
+def test_relative_and_linked_paths_share_a_store(opened, graph_dir: Path, tmp_path: Path, monkeypatch):
+    (tmp_path / "link").symlink_to(graph_dir)
+    monkeypatch.chdir(tmp_path)
+    for path in ("graphs", "link"):
+        assert open_store(path, store_dir=tmp_path / "stores").folder == opened().folder
+
+
+def change_content(file: Path) -> None:
+    save(graph(5, 8, seed=99), file)
+
+
+def change_date(file: Path) -> None:
+    os.utime(file, (1e9, 1e9))
+
+
+@pytest.mark.parametrize(
+    "change", [change_content, change_date, Path.unlink, lambda file: save(graph(), file.with_name("new.pt"))]
+)
+def test_any_change_of_the_files_makes_a_new_store(opened, graph_dir: Path, change: Callable):
+    first = opened()
+    kept = first.batch([0]).x
+    change(graph_dir / "T" / "T_0.pt")
+    second = opened()
+    assert second.folder != first.folder
+    assert second.names == list(list_graphs(graph_dir))
+    for number, file in enumerate(list_graphs(graph_dir).values()):
+        assert torch.equal(second.graph(number).x, read_graph(file).x)
+    assert left_behind(second.folder.parent) == [second.folder.name], "the old store was kept"
+    assert torch.equal(first.batch([0]).x, kept), "a run lost the store that it has open"
+
+
+def test_a_store_of_another_format_is_replaced(
+    opened, originals: list[Data], monkeypatch: pytest.MonkeyPatch
+):
+    old = opened()
+    monkeypatch.setattr(store_module, "_FORMAT", store_module._FORMAT + 1)
+    new = opened()
+    assert new.folder != old.folder and not old.folder.exists()
+    assert_holds(new, originals)
+
+
+def test_trusted_pickles_do_not_reach_who_does_not_trust(opened, graph_dir: Path, tmp_path: Path):
+    unsafe = graph()
+    unsafe.metadata = {"builder": Executes(tmp_path / "code_ran")}
+    save(unsafe, graph_dir / "unsafe.pt")
+    trusting = opened(trust_pickles=True)
+    with pytest.raises(DataError, match="paths.trust_pickles"):
+        opened()
+    assert trusting.folder.is_dir()
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def overwrite(file: Path) -> None:
+    with file.open("r+b") as opened_file:
+        opened_file.seek(file.stat().st_size // 2)
+        opened_file.write(b"\xff")
+
+
+def make_directory(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut, empty, overwrite, Path.unlink, make_directory])
+@pytest.mark.parametrize("name", ["header", "x", "edges", "edge_attr"])
+def test_a_damaged_store_is_packed_again(opened, originals: list[Data], damage: Callable, name: str):
+    damage(opened().folder / name)
+    store = opened()
+    assert store.folder is not None
+    assert_holds(store, originals)
+
+
+def test_a_header_that_says_something_else(opened, originals: list[Data]):
+    folder = opened().folder
+    header = (folder / "header").read_text()
+    counts = [nodes for nodes, _ in SHAPES]
+    assert f"{counts}" in header
+    (folder / "header").write_text(header.replace(f"{counts}", f"{counts[::-1]}"))
+    assert_holds(opened(), originals)
+
+
+def test_a_deleted_store_is_packed_again(opened, originals: list[Data], tmp_path: Path):
+    shutil.rmtree(opened().folder)
+    assert_holds(opened(), originals)
+    shutil.rmtree(tmp_path / "stores")
+    assert_holds(opened(), originals)
+
+
+def test_stores_of_directories_that_are_gone_are_removed(opened, tmp_path: Path):
+    save(graph(), tmp_path / "gone" / "a.pt")
+    gone = open_store(tmp_path / "gone", store_dir=tmp_path / "stores").folder.parent
+    elsewhere = tmp_path / "stores" / "of_another_host"
+    elsewhere.mkdir()
+    (elsewhere / "origin").write_text(json.dumps({"graph_dir": "/nowhere", "host": "another"}))
+    shutil.rmtree(tmp_path / "gone")
+    opened()
+    assert not gone.exists()
+    assert elsewhere.exists()
+
+
+def test_graphs_without_edges_alone(tmp_path: Path):
+    lonely = [graph(2, 0), graph(3, 0, seed=1)]
+    for number, item in enumerate(lonely):
+        save(item, tmp_path / "graphs" / f"{number}.pt")
+    for _ in ("packing", "opening"):
+        assert_holds(open_store(tmp_path / "graphs", store_dir=tmp_path / "stores"), lonely)
+
+
+def test_unreadable_graphs_leave_no_store(opened, graph_dir: Path):
+    folder = opened().folder.parent
+    whole = (graph_dir / "T" / "T_3.pt").read_bytes()
+    (graph_dir / "T" / "T_3.pt").write_bytes(whole[:100])
+    (folder / "packing-killed").mkdir()
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"T_3\.pt: .*truncated"):
+            opened()
+    assert len(left_behind(folder)) == 1, "only the store of the files as they were before"
+
+
+def test_a_link_that_leads_nowhere_is_named(opened, graph_dir: Path):
+    (graph_dir / "dangling.pt").symlink_to(graph_dir / "absent")
+    with pytest.raises(DataError, match=r"dangling\.pt: expected a graph file, found no such file"):
+        opened()
+    assert opened(["T/T_0"]).names == ["T/T_0"]
+
+
+# --- some of the graphs ---
+
+
+def test_chosen_graphs_come_from_the_store_of_all(
+    opened, originals: list[Data], monkeypatch: pytest.MonkeyPatch
+):
+    opened()
+    monkeypatch.setattr(store_module, "read_graph", refuse)
+    store = opened(["T/T_4", "T/T_0"])
+    assert store.index == {"T/T_4": 0, "T/T_0": 1}
+    assert store.node_counts.tolist() == [SHAPES[4][0], SHAPES[0][0]]
+    assert_holds(store, [originals[4], originals[0]])
+
+
+def test_chosen_graphs_alone_pack_nothing(opened, originals: list[Data], tmp_path: Path):
+    store = opened(["T/T_4", "T/T_0"])
+    assert store.folder is None and not (tmp_path / "stores").exists()
+    assert_holds(store, [originals[4], originals[0]])
+
+
+# --- handing a store to another process ---
+
+
+def test_pickling_sends_the_place_and_not_the_graphs(tmp_path: Path):
+    save(graph(2000, 3000), tmp_path / "graphs" / "a.pt")
+    store = open_store(tmp_path / "graphs", store_dir=tmp_path / "stores")
+    sent = pickle.dumps(store)
+    assert len(sent) < 5000 < store.x.nbytes
+    received = pickle.loads(sent)
+    assert torch.equal(received.batch([0]).x, store.batch([0]).x)
+
+
+def test_a_private_store_is_pickled_whole(opened, originals: list[Data]):
+    received = pickle.loads(pickle.dumps(opened(["T/T_2", "T/T_0"])))
+    assert_holds(received, [originals[2], originals[0]])
+
+
+def test_the_mapped_arrays_cannot_be_written(opened):
+    store = opened()
+    for array in (store.x, store.edges, store.edge_attr):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
+
+
+# --- no place to write ---
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    "Writing more than a few bytes to a file fails, as on a full disk."
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def raising(number: int) -> Callable:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def assert_private(
+    store: GraphStore, originals: list[Data], caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    assert store.folder is None
+    assert_holds(store, originals)
+    [record] = caplog.records
+    assert record.levelno == logging.WARNING and "\n" not in record.getMessage()
+    assert reason in record.getMessage() and "paths.store" in record.getMessage()
+
+
+def test_a_file_size_limit_is_met_in_the_middle(opened, originals: list[Data], tmp_path: Path, caplog):
+    with small_files():
+        store = opened()
+    assert_private(store, originals, caplog, "File too large")
+    [place] = (tmp_path / "stores").iterdir()
+    assert left_behind(place) == []
+
+
+@pytest.mark.parametrize(
+    "call, number",
+    [("fsync", errno.ENOSPC), ("fsync", errno.EDQUOT), ("utime", errno.EPERM), ("mkdir", errno.EROFS)],
+)
+def test_a_full_or_forbidden_disk(
+    opened, originals, tmp_path: Path, caplog, monkeypatch, call: str, number: int
+):
+    monkeypatch.setattr(os, call, raising(number))
+    store = opened()
+    monkeypatch.undo()
+    assert_private(store, originals, caplog, os.strerror(number))
+    assert [left_behind(place) for place in (tmp_path / "stores").glob("*")] in ([], [[]])
+
+
+def test_no_permission_for_the_lock(opened, originals: list[Data], caplog, monkeypatch):
+    monkeypatch.setattr(store_module.FileLock, "acquire", raising(errno.EACCES))
+    store = opened()
+    assert_private(store, originals, caplog, "Permission denied")
+
+
+def test_a_file_in_place_of_the_store_directory(opened, originals: list[Data], tmp_path: Path, caplog):
+    (tmp_path / "stores").write_text("a file")
+    assert_private(opened(), originals, caplog, "Not a directory")
+
+
+def test_files_that_cannot_be_mapped_back(opened, originals: list[Data], caplog, monkeypatch):
+    monkeypatch.setattr(np, "memmap", raising(errno.ENODEV))
+    assert_private(opened(), originals, caplog, "cannot be read back")
+
+
+def test_a_full_disk_does_not_hide_a_bad_graph(opened, graph_dir: Path, monkeypatch):
+    (graph_dir / "T" / "T_3.pt").write_bytes(b"")
+    monkeypatch.setattr(os, "fsync", raising(errno.ENOSPC))
+    with pytest.raises(DataError, match=r"T_3\.pt: .*an empty file"):
+        opened()
+
+
+# --- files that change while they are packed ---
+
+
+def after_reading(
+    monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[Path], None], times: int
+) -> None:
+    "Let something happen to a file as soon as it has been read, this many times."
+    original, left = store_module.read_graph, [times]
+
+    def read(path: Path, **options: object) -> Data:
+        found = original(path, **options)
+        if path.name == name and left[0]:
+            left[0] -= 1
+            action(path)
+        return found
+
+    monkeypatch.setattr(store_module, "read_graph", read)
+
+
+def replace_unseen(file: Path) -> None:
+    "Another graph of the same size, with the date of the old one."
+    before = file.stat()
+    save(graph(5, 8, seed=99), file.with_name("new"))
+    os.utime(file.with_name("new"), ns=(before.st_atime_ns, before.st_mtime_ns))
+    file.with_name("new").rename(file)
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("action", [change_content, replace_unseen])
+def test_a_graph_replaced_while_it_is_packed(opened, monkeypatch, action: Callable):
+    after_reading(monkeypatch, "T_0.pt", action, times=1)
+    assert torch.equal(opened().graph(0).x, graph(5, 8, seed=99).x)
+
+
+def test_a_graph_that_appears_while_others_are_packed(opened, graph_dir: Path, monkeypatch):
+    after_reading(monkeypatch, "T_0.pt", lambda file: save(graph(2, 2), file.with_name("new.pt")), times=1)
+    assert opened().names == list(list_graphs(graph_dir))
+
+
+def test_a_graph_that_is_half_written_at_first(opened, graph_dir: Path, originals: list[Data], monkeypatch):
+    file = graph_dir / "T" / "T_3.pt"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    after_reading(monkeypatch, "T_0.pt", lambda _: file.write_bytes(whole), times=1)
+    assert_holds(opened(), originals)
+
+
+def test_a_builder_that_never_rests_is_one_clear_line(opened, tmp_path: Path, monkeypatch):
+    after_reading(monkeypatch, "T_0.pt", Path.touch, times=100)
+    expected = (
+        r"stay as they are while they are read, found changes in 1 file \(T/T_0\.pt\); start again when"
+    )
+    with pytest.raises(DataError, match=expected):
+        opened()
+    assert [left_behind(place) for place in (tmp_path / "stores").iterdir()] == [[]]
+
+
+# --- several processes ---
+
+
+@contextmanager
+def forked(action: Callable[[], object], count: int) -> Iterator[list[multiprocessing.Process]]:
+    "Processes that do the same; killed in the end if they still run."
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=action) for _ in range(count)]
+    for process in processes:
+        process.start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+@needs_fork
+def test_processes_that_start_together_pack_once(opened, originals: list[Data], tmp_path: Path, monkeypatch):
+    original, barrier = store_module._write_store, multiprocessing.get_context("fork").Barrier(4)
+    packed, good = tmp_path / "packed", tmp_path / "good"
+
+    def write(*arguments: object) -> object:
+        with packed.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.1)
+        return original(*arguments)
+
+    def work() -> None:
+        barrier.wait(30)
+        assert_holds(opened(), originals)
+        with good.open("a") as file:
+            file.write("good\n")
+
+    monkeypatch.setattr(store_module, "_write_store", write)
+    with forked(work, 4) as processes:
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * 4
+    assert len(packed.read_text().split()) == 1
+    assert len(good.read_text().split()) == 4
+
+
+@needs_fork
+def test_a_packer_that_is_killed_half_way(opened, originals: list[Data], tmp_path: Path, monkeypatch):
+    place = lambda: next((tmp_path / "stores").iterdir())  # noqa: E731
+    half_way, done = tmp_path / "half_way", tmp_path / "done"
+
+    def stop(_: Path) -> None:
+        half_way.touch()
+        time.sleep(60)
+
+    def work() -> None:
+        with monkeypatch.context() as patch:
+            after_reading(patch, "T_3.pt", stop, times=1)
+            opened()
+
+    def wait_and_open() -> None:
+        assert_holds(opened(), originals)
+        done.touch()
+
+    with forked(work, 1) as [packer]:
+        wait_until(half_way.exists)
+        with forked(wait_and_open, 1) as [waiting]:
+            time.sleep(0.1)
+            assert not done.exists()
+            os.kill(packer.pid, signal.SIGKILL)
+            packer.join()
+            waiting.join(60)
+            assert waiting.exitcode == 0 and done.exists()
+    assert len(left_behind(place())) == 1
+
+
+@needs_fork
+def test_what_a_killed_packer_left_is_not_used(opened, originals: list[Data]):
+    store = opened()
+    half = store.folder.with_name("packing-killed") / "store"
+    half.parent.mkdir()
+    store.folder.rename(half)
+    os.truncate(half / "x", 8)
+    again = opened()
+    assert_holds(again, originals)
+    assert left_behind(again.folder.parent) == [again.folder.name]
+
+
+@pytest.fixture
+def three_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_reader_count", lambda graphs: 3)
+    monkeypatch.setattr(store_module, "_GROUP", 1)
+
+
+@needs_fork
+def test_several_readers_give_the_same_store(opened, originals: list[Data], three_readers: None):
+    assert_holds(opened(), originals)
+    assert multiprocessing.active_children() == []
+
+
+@needs_fork
+def test_several_readers_give_the_same_error(opened, graph_dir: Path, three_readers: None):
+    for name in ("T_2", "T_3"):
+        (graph_dir / "T" / f"{name}.pt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"T_2\.pt: .*an empty file; build or copy the file again"):
+        opened()
+    assert multiprocessing.active_children() == []
+
+
+@needs_fork
+def test_a_reader_that_is_killed_is_one_clear_line(opened, three_readers: None, monkeypatch):
+    after_reading(monkeypatch, "T_4.pt", lambda _: os.kill(os.getpid(), signal.SIGKILL), times=1)
+    with pytest.raises(DataError, match=r"T_4\.pt: .*one that was killed \(out of memory\?\)"):
+        opened()
+
+
+@needs_fork
+def test_readers_end_with_a_packer_that_is_killed(
+    opened, graph_dir, tmp_path, three_readers: None, monkeypatch
+):
+    half_way = tmp_path / "half_way"
+    for number in range(6):
+        save(graph(10_000, 1), graph_dir / "T" / f"T_{number}.pt")  # more than a pipe holds
+
+    def stop(piece: object, *_: object) -> None:
+        half_way.touch()
+        time.sleep(60)
+
+    monkeypatch.setattr(store_module, "_receive", stop)
+    with forked(opened, 1) as [packer]:
+        wait_until(half_way.exists)
+        readers = psutil.Process(packer.pid).children()
+        os.kill(packer.pid, signal.SIGKILL)
+        packer.join()
+        try:
+            wait_until(lambda: all(not each.is_running() or each.status() == "zombie" for each in readers))
+        finally:
+            for reader in readers:
+                with suppress(psutil.NoSuchProcess):
+                    reader.kill()
+
+
+# --- what is shown ---
+
+
+def test_small_directories_are_packed_without_a_word(opened, capsys: pytest.CaptureFixture):
+    opened()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_of_progress_where_there_is_no_terminal(opened, capsys: pytest.CaptureFixture, monkeypatch):
+    monkeypatch.setattr(store_module, "_QUIET", 1)
+    opened()
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 2
+    assert err.startswith("packing ") and "6 graphs" in err and "done in" in err
+
+
+def test_a_bar_in_a_terminal(opened, originals: list[Data], capsys: pytest.CaptureFixture, monkeypatch):
+    monkeypatch.setattr(store_module, "_QUIET", 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert_holds(opened(), originals)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_lines_go_to_the_log_of_a_run(opened, capsys: pytest.CaptureFixture, caplog, monkeypatch):
+    monkeypatch.setattr(store_module, "_QUIET", 1)
+    with caplog.at_level(logging.INFO, logger="topoqa_nb"):
+        opened()
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert capsys.readouterr().err == ""
 
 
 def test_parity_graphs(shared_dir: Path):

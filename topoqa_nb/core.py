@@ -34,7 +34,10 @@ class TopoqaError(Exception):
         self.where, self.expected, self.found, self.fix = str(where), expected, found, fix
         super().__init__(" ".join(f"{where}: expected {expected}, found {found}; {fix}".split()))
 
-# %% ../nbs/00_core.ipynb #00-011
+    def __reduce__(self) -> tuple:
+        return type(self), (self.where, self.expected, self.found, self.fix)
+
+# %% ../nbs/00_core.ipynb #00-013
 class ConfigError(TopoqaError):
     "A configuration, override, manifest or parameter is wrong."
 
@@ -58,7 +61,7 @@ class RunError(TopoqaError):
 class TrainingError(TopoqaError):
     "A training started and could not go on (a loss that is not finite, a job that died)."
 
-# %% ../nbs/00_core.ipynb #00-013
+# %% ../nbs/00_core.ipynb #00-015
 class Interrupted(BaseException):
     "Ctrl-C or SIGTERM; `signum` says which. Not an `Exception`, so that no handler swallows it."
 
@@ -69,7 +72,7 @@ class Interrupted(BaseException):
         self.signum = signum
         super().__init__(f"stopped by {signal.Signals(signum).name}")
 
-# %% ../nbs/00_core.ipynb #00-016
+# %% ../nbs/00_core.ipynb #00-018
 def nearest(
     name: str,  # what the user wrote
     known: Iterable[str],  # the names that exist
@@ -88,7 +91,7 @@ def did_you_mean(
     near = nearest(name, known)
     return f"did you mean {near}?" if near else f"use one of {', '.join(known)}"
 
-# %% ../nbs/00_core.ipynb #00-019
+# %% ../nbs/00_core.ipynb #00-021
 @contextmanager
 def atomic_path(
     path: str | Path,  # the file that should appear
@@ -124,7 +127,7 @@ def write_text(
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/00_core.ipynb #00-022
+# %% ../nbs/00_core.ipynb #00-024
 def plain(
     value: object,  # anything made of dicts, sequences, scalars and paths
 ) -> object:  # the same made of dict, list, str, int, float, bool and None
@@ -154,7 +157,7 @@ def write_json(
     "Write a JSON file whole or not at all."
     return write_text(path, to_json(value) + "\n")
 
-# %% ../nbs/00_core.ipynb #00-025
+# %% ../nbs/00_core.ipynb #00-027
 def read_json(
     path: str | Path,  # the file
     error: type[TopoqaError] = DataError,  # the kind of error to raise
@@ -168,7 +171,7 @@ def read_json(
     except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise error(path, "valid JSON", str(problem), "repair or remove the file") from None
 
-# %% ../nbs/00_core.ipynb #00-028
+# %% ../nbs/00_core.ipynb #00-030
 def replace_link(
     link: str | Path,  # the link that should exist
     target: str | Path,  # what it should point to
