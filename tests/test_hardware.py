@@ -13,6 +13,7 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CPUAccelerator
 
 from topoqa_nb import hardware
+from topoqa_nb.attention import choose_kernel
 from topoqa_nb.config import Config, TrainerConfig, load_config
 from topoqa_nb.core import ConfigError, to_json
 from topoqa_nb.hardware import (
@@ -269,5 +270,15 @@ def test_without_a_configuration(machine):
     machine()
     report = environment_report()
     assert report["config"] is None
-    assert report_text(report).splitlines()[-1].split() == ["kernel", "reference"]
-    assert environment_report(kernel="numba")["kernel"] == "numba"
+    assert report_text(report).splitlines()[-1].split() == ["kernel", choose_kernel(), "on", "the", "CPU"]
+
+
+def test_a_forced_kernel_is_reported_and_must_fit(machine, monkeypatch):
+    machine(cuda=1)
+    monkeypatch.setenv("TOPOQA_KERNEL", "torch")
+    assert environment_report(Config())["config"]["kernel"] == "torch"
+    card = environment_report(Config(trainer=TrainerConfig(accelerator="cuda")))["config"]
+    assert card["problem"].startswith("TOPOQA_KERNEL: expected reference off the CPU")
+    monkeypatch.setenv("TOPOQA_KERNEL", "nunba")
+    with pytest.raises(ConfigError, match="did you mean numba"):
+        check_device(TrainerConfig())

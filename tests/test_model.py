@@ -236,7 +236,8 @@ def test_many_edges_are_pooled_correctly_in_half_precision(kind):
     assert pool(rows, graph_of_row, 1, "add").item() == 3000
 
 
-def test_mixed_precision_runs_forward_and_backward():
+def test_mixed_precision_runs_forward_and_backward(monkeypatch):
+    monkeypatch.delenv("TOPOQA_KERNEL", raising=False)  # a forced kernel may not fit
     model = make_model().float().train()
     graph = make_graph(6, 20).to("cpu")
     graph.x, graph.edge_attr = graph.x.float(), graph.edge_attr.float()

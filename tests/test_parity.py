@@ -1,4 +1,4 @@
-"""The published network's answers, reproduced from its own weights."""
+"""The published network's answers, reproduced from its own weights by every kernel."""
 
 import json
 
@@ -8,9 +8,18 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
+from topoqa_nb.attention import KERNELS, find_numba
 from topoqa_nb.model import load_foreign_weights, published_names
 
 VARIANTS = {"linear_11d_h8": "mean", "mlp_11d_h8": "mean", "mlp_24d_h4": "add"}
+
+
+@pytest.fixture(autouse=True, params=KERNELS)
+def kernel(request, monkeypatch):
+    "Every test runs with each kernel that is there."
+    if request.param == "numba" and find_numba() is None:
+        pytest.skip("numba is not installed")
+    monkeypatch.setenv("TOPOQA_KERNEL", request.param)
 
 
 @pytest.fixture(scope="module", params=sorted(VARIANTS))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALLBACK', 'PACKAGES', 'available_cores', 'thread_count', 'torch_threads', 'is_present', 'device_of', 'check_device',
-           'device_notes', 'lightning_precision', 'package_versions', 'device_name', 'environment_report',
+           'kernel_of', 'device_notes', 'lightning_precision', 'package_versions', 'device_name', 'environment_report',
            'configured_use', 'report_text']
 
 # %% ../nbs/11_hardware.ipynb #11-003
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .attention import choose_kernel
 from .config import Config, TrainerConfig
 from .core import ConfigError
 
@@ -161,6 +162,14 @@ def check_device(
         raise ConfigError(
             "trainer.precision", "32 on an Apple GPU (MPS), which has no 64-bit numbers", "64", fix
         )
+    kernel_of(trainer)
+
+
+def kernel_of(
+    trainer: TrainerConfig,
+) -> str:  # reference, torch or numba
+    "The attention kernel that a run with this configuration uses. Raises `ConfigError` as `choose_kernel` does."
+    return choose_kernel(device_of(trainer), low_precision=trainer.precision not in (32, 64))
 
 # %% ../nbs/11_hardware.ipynb #11-021
 FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
@@ -226,10 +235,8 @@ def device_name(
 
 def environment_report(
     config: Config | None = None,  # None: only the machine
-    *,
-    kernel: str = "reference",  # of the attention: reference, torch or numba
 ) -> dict[str, object]:  # plain types
-    "Versions, devices, cores, threads, kernel, and what a configuration would use here."
+    "Versions, devices, cores, threads, kernel, and what a configuration would use here. Raises `ConfigError` for a wrong `TOPOQA_KERNEL`."
     cards = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
     return {
         "python": platform.python_version(),
@@ -247,7 +254,7 @@ def environment_report(
         },
         "cores": {"available": available_cores(), "machine": os.cpu_count()},
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
-        "kernel": kernel,
+        "kernel": choose_kernel(),
         "config": None if config is None else configured_use(config),
     }
 
@@ -271,12 +278,13 @@ def configured_use(
             "problem": str(problem),
             "device": None,
             "device_name": None,
+            "kernel": None,
             **use,
             "notes": [],
         }
     device = device_of(trainer)
     found = {"runs_here": True, "problem": None, "device": device, "device_name": device_name(device)}
-    return {**found, **use, "notes": device_notes(trainer)}
+    return {**found, "kernel": kernel_of(trainer), **use, "notes": device_notes(trainer)}
 
 # %% ../nbs/11_hardware.ipynb #11-031
 def report_text(
@@ -294,7 +302,7 @@ def report_text(
         "MPS": f"{'available' if mps['available'] else 'not available'} ({FALLBACK}={int(mps['fallback'])})",
         "cores": f"{cores['available']} for this process, {cores['machine']} in the machine",
         "threads": f"{threads['torch']} now (OMP_NUM_THREADS={threads['OMP_NUM_THREADS'] or 'not set'})",
-        "kernel": report["kernel"],
+        "kernel": f"{report['kernel']} on the CPU",
     }
     lines = [f"{title:<9} {text}" for title, text in rows.items()]
     return "\n".join([*lines, *_use_lines(report["config"])])
@@ -308,6 +316,6 @@ def _use_lines(use: dict[str, object] | None) -> list[str]:
         return [f"{'config':<9} cannot run here: {use['problem']}"]
     text = (
         f"{use['device']} ({use['device_name']}), precision {use['precision']}, threads {use['threads']}, "
-        f"loader processes {use['num_workers']}"
+        f"loader processes {use['num_workers']}, kernel {use['kernel']}"
     )
     return [f"{'config':<9} {text}", *(f"{'':<9} {note}" for note in use["notes"])]

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['POOLING', 'READOUT_UNITS', 'NUMPY_SCALAR', 'NUMPY_ARRAY', 'HARMLESS', 'PUBLISHED', 'PUBLISHED_LAYERS',
            'PUBLISHED_LANDMARK', 'NEVER_USED', 'Width', 'Widths', 'widths', 'edge_encoder_module', 'EdgeUpdate',
-           'InterfaceLayer', 'pool', 'feature_width', 'first_name', 'check_widths', 'TopoQANet', 'build_model',
-           'read_checkpoint', 'unreadable', 'load_weights', 'misfits', 'without_prefix', 'published_names',
-           'shape_settings', 'foreign_state', 'choose_pooling', 'load_foreign_weights', 'not_published']
+           'InterfaceLayer', 'pool', 'feature_width', 'first_name', 'check_widths', 'batch_order', 'TopoQANet',
+           'build_model', 'read_checkpoint', 'unreadable', 'load_weights', 'misfits', 'without_prefix',
+           'published_names', 'shape_settings', 'foreign_state', 'choose_pooling', 'load_foreign_weights',
+           'not_published']
 
 # %% ../nbs/08_model.ipynb #08-004
 import re
@@ -23,6 +24,7 @@ from torch.nn import functional
 from torch_geometric.data import Data
 from torch_geometric.nn import GATv2Conv, global_add_pool, global_max_pool, global_mean_pool
 
+from .attention import EdgeOrder, attend, choose_kernel, is_low_precision, order_edges
 from .config import ModelConfig
 from .core import CheckpointError, ConfigError, SchemaError, did_you_mean
 
@@ -122,12 +124,12 @@ class InterfaceLayer(nn.Module):
     def forward(
         self,
         nodes: Tensor,  # [N, H]
-        edge_index: Tensor,  # [2, E]
-        edges: Tensor,  # [E, H]
+        edges: Tensor,  # [E, H], in the order of `order`
+        order: EdgeOrder,  # the edges, and the kernel that runs over them
     ) -> tuple[Tensor, Tensor]:  # [N, H] and [E, H]
         "The new node and edge states."
-        nodes = self.attention(nodes, edge_index, edges)
-        edges = self.edge_update(nodes, edge_index, edges)
+        nodes = attend(self.attention, nodes, edges, order)
+        edges = self.edge_update(nodes, order.edge_index, edges)
         return functional.elu(nodes), functional.elu(edges)
 
 # %% ../nbs/08_model.ipynb #08-023
@@ -182,6 +184,14 @@ def check_widths(
             )
 
 # %% ../nbs/08_model.ipynb #08-029
+def batch_order(
+    batch: Data,  # x [N, F_x], edge_index [2, E], perhaps `edge_order` [E]; one graph or a batch
+) -> EdgeOrder:
+    "The edges of a batch as the kernel of this process wants them."
+    kernel = choose_kernel(batch.x.device, is_low_precision(batch.x))
+    return order_edges(batch.edge_index, len(batch.x), kernel, getattr(batch, "edge_order", None))
+
+
 READOUT_UNITS = 64
 
 
@@ -223,26 +233,28 @@ class TopoQANet(nn.Module):
         self,
         batch: Data,  # x [N, F_x], edge_index [2, E], edge_attr [E, F_e]; one graph or a batch
     ) -> Tensor:  # [B], each in (0, 1)
-        "Predicted DockQ, one number per graph. Raises `SchemaError` on other widths."
+        "Predicted DockQ, one number per graph. Raises `SchemaError` on other widths, `DataError` on a wrong edge."
         check_widths(batch, self.node_width, self.edge_width)
+        order = batch_order(batch)
         nodes = self.node_embedding(batch.x.reshape(-1, self.node_width))
-        edges = self.edge_embedding(batch.edge_attr.reshape(-1, self.edge_width))
+        edges = self.edge_embedding(order.arrange(batch.edge_attr.reshape(-1, self.edge_width)))
         for layer in self.layers:
-            nodes, edges = layer(nodes, batch.edge_index, edges)
-        return self.read_out(*self.pool_states(batch, nodes, edges))
+            nodes, edges = layer(nodes, edges, order)
+        return self.read_out(*self.pool_states(batch, nodes, edges, order))
 
     def pool_states(
         self,
         batch: Data,  # as in `forward`
         nodes: Tensor,  # [N, H]
         edges: Tensor,  # [E, H]
+        order: EdgeOrder,  # of the edges
     ) -> tuple[Tensor, Tensor]:  # [B, H] and [B, H]
         "Nodes and edges of each graph; a lone graph counts as a batch of one."
         graph = getattr(batch, "batch", None)
         graph_count = 1 if graph is None else batch.num_graphs
         if graph is None:
             graph = batch.edge_index.new_zeros(nodes.shape[0])
-        graph_of_edge = graph.index_select(0, batch.edge_index[0])
+        graph_of_edge = graph.index_select(0, order.edge_index[0])
         pooled_nodes = pool(nodes, graph, graph_count, self.pooling_type)
         return pooled_nodes, pool(edges, graph_of_edge, graph_count, self.pooling_type)
 

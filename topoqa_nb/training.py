@@ -8,7 +8,8 @@ __all__ = ['NOT_DRIFT', 'window_scale', 'make_scheduler', 'refuse_non_finite', '
            'refuse_other_schema', 'trainer_arguments', 'wants_bar', 'interruptible', 'recorded', 'train',
            'describe_start', 'run_environment', 'lineage', 'fit', 'make_callbacks', 'conclude', 'drift',
            'chosen_checkpoint', 'checkpoint_epoch', 'next_folder', 'rewind', 'resume', 'continued_parent',
-           'say_resumed', 'refuse_running', 'refuse_missing_rows', 'refuse_complete', 'refuse_drift', 'note_resume']
+           'say_resumed', 'note_kernel', 'refuse_running', 'refuse_missing_rows', 'refuse_complete', 'refuse_drift',
+           'note_resume']
 
 # %% ../nbs/16_training.ipynb #16-003
 import itertools
@@ -74,6 +75,7 @@ from topoqa_nb.hardware import (
     check_device,
     device_notes,
     device_of,
+    kernel_of,
     lightning_precision,
     thread_count,
     torch_threads,
@@ -490,7 +492,7 @@ def describe_start(
 
 def run_environment(config: Config, threads: int) -> dict[str, object]:
     "What a result depends on besides data and configuration."
-    return environment(kernel="reference", threads=threads, device=device_of(config.trainer))
+    return environment(kernel=kernel_of(config.trainer), threads=threads, device=device_of(config.trainer))
 
 
 def lineage(parent: Parent | None) -> dict[str, object]:
@@ -678,6 +680,7 @@ def resume(
         update_metadata(run, environment=run_environment(config, threads))
         with recorded(run):
             say_resumed(metadata, checkpoint, source, epoch, aside, changes)
+            note_kernel(metadata["environment"]["kernel"], kernel_of(config.trainer))
             parent = continued_parent(metadata, source, epoch)
             fit(run, config, data, parent, source if parent is None else None, first_epoch=epoch + 1)
             conclude(run)
@@ -703,6 +706,14 @@ def say_resumed(
         log.info("The run was interrupted: --checkpoint last continues exactly where it stopped.")
     for change in changes:
         log.info(f"warning: drift accepted: {change}")
+
+
+def note_kernel(before: str, kernel: str) -> None:
+    "Say that a resumed run goes on with another attention kernel than it had."
+    if before != kernel:
+        log.info(
+            f"The run used the {before} attention kernel and goes on with {kernel}: the same up to rounding."
+        )
 
 # %% ../nbs/16_training.ipynb #16-033
 def refuse_running(run: RunDirectory, metadata: Mapping) -> None:
