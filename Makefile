@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint export lab
+.PHONY: help demo test lint export lab bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,10 +34,17 @@ lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py
 
 export: $(STAMP) ## format and clean the notebooks, export the package from them
-	$(BIN)/ruff format --quiet nbs pipelines tests scripts .ci
+	$(BIN)/ruff format --quiet nbs pipelines tests scripts benchmarks .ci
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname pipelines
 	$(BIN)/nbdev_export
+
+bench: $(STAMP) ## the timed comparisons of benchmarks/; DATA=folder adds its graphs, train.csv and val.csv
+	$(BIN)/python benchmarks/epoch.py $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python benchmarks/start.py
+	$(BIN)/python benchmarks/sweep.py $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/store.py
 
 lab: $(STAMP) ## open the pages in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -187,18 +187,18 @@ def check_outputs(root: Path) -> list[str]:
 
 def lint_targets(root: Path) -> list[str]:
     "The folders that ruff reads; the exported package follows from the pages."
-    return [name for name in ("nbs", "pipelines", "tests", "scripts", ".ci") if (root / name).exists()]
+    return [name for name in ("nbs", "pipelines", "tests", "scripts", "benchmarks", ".ci") if (root / name).exists()]
 
 
 def check_ruff(root: Path) -> list[str]:
-    "Notebooks, tests and these checks pass ruff's rules."
+    "Notebooks, tests, benchmarks and these checks pass ruff's rules."
     options = ("--quiet", "--output-format=concise")
     result = run_tool("ruff", "check", *options, *lint_targets(root), folder=root)
     return [f"{line}; see `ruff rule CODE`" for line in (result.stdout + result.stderr).splitlines()]
 
 
 def check_format(root: Path) -> list[str]:
-    "Notebooks, tests and these checks are formatted."
+    "Notebooks, tests, benchmarks and these checks are formatted."
     options = ("--check", "--quiet", "--output-format=concise")
     result = run_tool("ruff", "format", *options, *lint_targets(root), folder=root)
     names = dict.fromkeys(line.split(":")[0] for line in result.stdout.splitlines())

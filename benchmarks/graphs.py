@@ -1,19 +1,15 @@
-"""Random graphs of two sizes, and the way in which the original feeds them to its network."""
+"""Data sets to measure with: random graphs of two sizes, with labels."""
 
 import os
-from collections import OrderedDict
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch_geometric.data import Batch, Data
-
-from topoqa_nb.store import list_graphs, read_graph
+from torch_geometric.data import Data
 
 NODE_WIDTH, EDGE_WIDTH = 172, 11  # of the builds that were measured
 SIZES = {"real": (35, 114), "big": (91, 902)}  # nodes and edges of a graph, on average
-BATCH = 16
-CACHED_GRAPHS = 256  # the original keeps the graphs that it used last
+DECOYS = 20  # of a target
+DISTINCT = 512  # files beyond are hard links to earlier ones, to save the disk
 
 
 def random_graph(size: str, generator: torch.Generator) -> Data:
@@ -28,30 +24,30 @@ def random_graph(size: str, generator: torch.Generator) -> Data:
     )
 
 
+def graph_name(number: int) -> str:
+    "A decoy of a target."
+    return f"T{number // DECOYS:04d}/D{number:05d}"
+
+
 def write_graphs(folder: Path, count: int, size: str) -> Path:
-    "Files in folders of twenty. Beyond 512 graphs the files are hard links to earlier ones, to save the disk."
+    "So many graph files, a folder for each target."
     generator = torch.Generator().manual_seed(0)
     for number in range(count):
-        path = folder / f"T{number // 20:04d}" / f"D{number:05d}.pt"
+        path = folder / f"{graph_name(number)}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if number < 512:
+        if number < DISTINCT:
             torch.save(random_graph(size, generator), path)
         else:
-            os.link(folder / f"T{number % 512 // 20:04d}" / f"D{number % 512:05d}.pt", path)
+            os.link(folder / f"{graph_name(number % DISTINCT)}.pt", path)
     return folder
 
 
-def original_batches(graph_dir: Path, order: torch.Tensor) -> Iterator[Batch]:
-    "A file per graph, the last ones kept, PyG's collation."
-    files, kept = list(list_graphs(graph_dir).values()), OrderedDict()
-
-    def load(number: int) -> Data:
-        if number not in kept:
-            kept[number] = read_graph(files[number])
-        kept.move_to_end(number)
-        if len(kept) > CACHED_GRAPHS:
-            kept.popitem(last=False)
-        return kept[number]
-
-    for numbers in order.split(BATCH):
-        yield Batch.from_data_list([load(number) for number in numbers.tolist()])
+def write_data_set(folder: Path, count: int, size: str) -> Path:
+    "Graphs with labels; a fifth of the targets is for validation."
+    write_graphs(folder / "graphs", count, size)
+    dockq = torch.rand(count, generator=torch.Generator().manual_seed(1)).tolist()
+    rows = [f"{graph_name(number)},{value:.4f}" for number, value in enumerate(dockq)]
+    validation = max(1, count // DECOYS // 5) * DECOYS
+    for name, part in (("train", rows[validation:]), ("val", rows[:validation])):
+        (folder / f"{name}.csv").write_text("\n".join(["MODEL,dockq", *part]) + "\n")
+    return folder

@@ -1,4 +1,4 @@
-"""What the packed store costs and saves: packing, opening, resolving the schema, an epoch of batches.
+"""(e) The schema of many graphs, and what the packed store costs: packing, opening, a batch.
 
     OMP_NUM_THREADS=1 python benchmarks/store.py [--graphs 1000 10000] [--repeats 5]
 
@@ -7,31 +7,26 @@ Files are in the page cache. Each figure is a median; the two sides of a compari
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
 import torch
-from graphs import BATCH, SIZES, original_batches, write_graphs
+from graphs import SIZES, write_data_set, write_graphs
+from measure import median, seconds
+from original import GraphFiles
+from torch_geometric.data import Batch
 
 from topoqa_nb.schema import resolve_schema, topoqa_node_columns
 from topoqa_nb.store import GraphStore, list_graphs, open_store
 
-
-def seconds(action: Callable[[], object]) -> float:
-    "Wall-clock time of one call."
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def median(action: Callable[[], object], repeats: int) -> float:
-    "Median time of several calls (s)."
-    return statistics.median(seconds(action) for _ in range(repeats))
+BATCH = 16
 
 
 def packing(graph_dir: Path, store_dir: Path, repeats: int) -> float:
@@ -56,64 +51,77 @@ def write_sidecar(graph_dir: Path) -> None:
     (graph_dir / "graph_metadata.json").write_text(json.dumps(dict.fromkeys(list_graphs(graph_dir), entry)))
 
 
-def resolve(graph_dir: Path, store_dir: Path) -> None:
-    "Open the store and resolve the schema, as a run does."
+def resolve(graph_dir: Path, store: GraphStore) -> None:
+    "Resolve the schema, as a run does."
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resolve_schema(graph_dir, store=open_store(graph_dir, store_dir=store_dir))
+        resolve_schema(graph_dir, store=store)
 
 
-def directory(count: int, size: str, repeats: int) -> None:
+def directory(count: int, repeats: int) -> None:
     "Packing, opening and schema of one directory."
     with tempfile.TemporaryDirectory() as folder:
-        graph_dir, store_dir = write_graphs(Path(folder, "graphs"), count, size), Path(folder, "stores")
+        graph_dir, store_dir = write_graphs(Path(folder, "graphs"), count, "real"), Path(folder, "stores")
         pack = packing(graph_dir, store_dir, min(repeats, 3))
         listing = median(lambda: list_graphs(graph_dir), repeats)
         opening = median(lambda: open_store(graph_dir, store_dir=store_dir), repeats)
-        without = median(lambda: resolve(graph_dir, store_dir), repeats)
+        store = open_store(graph_dir, store_dir=store_dir)
+        without = median(lambda: resolve(graph_dir, store), repeats)
         write_sidecar(graph_dir)
-        with_sidecar = median(lambda: resolve(graph_dir, store_dir), repeats)
+        with_sidecar = median(lambda: resolve(graph_dir, store), repeats)
+    print(f"  {count:6} graphs | packing {pack:.2f} s, {pack / count * 1e3:.2f} ms a graph")
     print(
-        f"{size:4} {count:6} graphs | packing {pack:6.2f} s, {pack / count * 1e3:.2f} ms a graph"
-        f" | opening {opening * 1e3:5.0f} ms (listing alone {listing * 1e3:.0f} ms)"
-        f" | opening and schema {without:.2f} s, with sidecar {with_sidecar:.2f} s"
+        f"  {count:6} graphs | opening the store {opening * 1e3:.0f} ms, of which listing the files "
+        f"{listing * 1e3:.0f} ms"
     )
+    print(f"  {count:6} graphs | schema without sidecar {without:.2f} s, with sidecar {with_sidecar:.2f} s")
 
 
-def epoch(store: GraphStore, order: torch.Tensor) -> None:
-    "All batches of the store, once."
+def original_batches(files: GraphFiles, order: torch.Tensor) -> Iterator[Batch]:
+    "A file per graph unless it was used lately, and PyG's collation."
     for numbers in order.split(BATCH):
-        store.batch(numbers)
+        yield Batch.from_data_list([files[number] for number in numbers.tolist()])
 
 
-def epochs(count: int, size: str, repeats: int) -> None:
+def store_batches(store: GraphStore, order: torch.Tensor) -> Iterator[Batch]:
+    "Slices of the store."
+    return map(store.batch, order.split(BATCH))
+
+
+def batches(count: int, size: str, repeats: int) -> None:
     "Batches from the store against batches in the original's way."
     with tempfile.TemporaryDirectory() as folder:
-        graph_dir = write_graphs(Path(folder, "graphs"), count, size)
-        store = open_store(graph_dir, store_dir=Path(folder, "stores"))
-        ours, original = [], []
+        data = write_data_set(Path(folder), count, size)
+        files = GraphFiles(data / "graphs", data / "train.csv")
+        store = open_store(data / "graphs", store_dir=Path(folder, "stores"))
+        times = {"original": [], "store": []}
         for repeat in range(repeats):
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(repeat))
-            ours.append(seconds(lambda order=order: epoch(store, order)))
-            original.append(seconds(lambda order=order: list(map(len, original_batches(graph_dir, order)))))
-    each = [statistics.median(times) / count * 1e6 for times in (original, ours)]
+            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(repeat))
+            for name, source, batched in (
+                ("original", files, original_batches),
+                ("store", store, store_batches),
+            ):
+                taken = seconds(
+                    lambda source=source, batched=batched, order=order: list(map(len, batched(source, order)))
+                )
+                times[name].append(taken / len(order) * 1e6)
+    slow, fast = (statistics.median(each) for each in times.values())
     print(
-        f"{size:4} {count:6} graphs | batches of {BATCH}: original {each[0]:.0f} us a graph, store {each[1]:.1f} us,"
-        f" {each[0] / each[1]:.0f} x"
+        f"  {size:6} graphs | a graph in a batch of {BATCH}: original {slow:.0f} us, store {fast:.1f} us, {slow / fast:.0f} x"
     )
 
 
 def main() -> None:
-    "Print all figures."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--graphs", type=int, nargs="+", default=[1000, 10_000], help="sizes of directories")
     parser.add_argument("--repeats", type=int, default=5, help="timings of which the median is taken")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    print("(e) schema and store, graphs of real size", flush=True)
     for count in arguments.graphs:
-        directory(count, "real", arguments.repeats)
+        directory(count, arguments.repeats)
     for size in SIZES:
-        epochs(arguments.graphs[0], size, arguments.repeats)
+        batches(arguments.graphs[0], size, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""(a) A warm epoch: this package against a loop in the original's way, one thread, all callbacks.
+
+    python benchmarks/epoch.py                          # random graphs of two sizes
+    python benchmarks/epoch.py --data FOLDER            # a folder with graphs/, train.csv and val.csv as well
+
+An epoch is training, validation, metrics and checkpoints. Each repeat trains every side once for three epochs, of
+which the first is not counted; the order of the sides turns around from one repeat to the next. First of all it is shown
+that the sides compute the same thing: three epochs in 64 bit with the same seed.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import torch
+from graphs import SIZES, write_data_set
+from measure import machine, quiet, ratio_line
+from original import Clock, fit
+
+from topoqa_nb import training
+from topoqa_nb.attention import find_numba
+from topoqa_nb.config import LoadedConfig, load_config
+from topoqa_nb.runs import read_metrics
+
+EPOCHS = 3
+TOLERANCE = 1e-6  # of the metrics
+COMPARED = ["train_loss", "val_loss", "val_pearson_corr", "val_spearman_corr"]
+Side = Callable[[LoadedConfig, Path], tuple[list[dict[str, float]], list[float]]]
+
+
+def configuration(data: Path, scratch: Path, **settings: object) -> LoadedConfig:
+    "The shipped configuration on a data set."
+    return load_config(
+        "sched_boost_seed222.yaml",
+        {
+            "paths.graph": str(data / "graphs"),
+            "paths.train_labels": str(data / "train.csv"),
+            "paths.val_labels": str(data / "val.csv"),
+            "paths.save_dir": str(scratch / "runs"),
+            "paths.store": str(scratch / "stores"),
+            "trainer.num_epochs": EPOCHS,
+        }
+        | {key.replace("__", "."): value for key, value in settings.items()},
+    )
+
+
+def ours(kernel: str) -> Side:
+    "Training with a kernel, as `topoqa run` does it."
+
+    def run(loaded: LoadedConfig, folder: Path) -> tuple[list[dict[str, float]], list[float]]:
+        clock, make_callbacks = Clock(), training.make_callbacks
+        timed = patch.object(training, "make_callbacks", lambda *given: [clock, *make_callbacks(*given)])
+        with timed, patch.dict(os.environ, TOPOQA_KERNEL=kernel), quiet():
+            done = training.train(loaded, run_name=folder.name)
+        return read_metrics(done)[COMPARED].to_dict("records"), clock.epochs
+
+    return run
+
+
+def original(loaded: LoadedConfig, folder: Path) -> tuple[list[dict[str, float]], list[float]]:
+    "The original's way."
+    with quiet():
+        return fit(loaded.config.paths.train_labels.parent, loaded.config, folder)
+
+
+def sides() -> dict[str, Side]:
+    "The original first; numba where it is installed."
+    kernels = ["torch", *(["numba"] if find_numba() else [])]
+    return {"original": original} | {kernel: ours(kernel) for kernel in kernels}
+
+
+def show_equality(data: Path, scratch: Path) -> None:
+    "The largest difference of any metric in any of three epochs."
+    loaded = configuration(data, scratch, trainer__precision=64)
+    rows = {name: run(loaded, scratch / f"equal_{name}")[0] for name, run in sides().items()}
+    for name in [name for name in rows if name != "original"]:
+        pairs = zip(rows[name], rows["original"], strict=True)
+        worst = max(abs(one[key] - other[key]) for one, other in pairs for key in COMPARED)
+        print(f"  {name}: metrics of {EPOCHS} epochs in 64 bit differ by at most {worst:.1e}", flush=True)
+        if worst > TOLERANCE:
+            sys.exit(f"{name}: expected the metrics of the original's way, found a difference of {worst:.1e}")
+
+
+def compare(title: str, data: Path, repeats: int) -> None:
+    "Equality, then times."
+    print(f"\n{title}", flush=True)
+    times = {name: [] for name in sides()}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        show_equality(data, scratch)
+        loaded = configuration(data, scratch)
+        for repeat in range(repeats):
+            order = list(sides().items())
+            for name, run in order if repeat % 2 == 0 else reversed(order):
+                seconds = run(loaded, scratch / f"{name}_{repeat}")[1]
+                times[name].append(statistics.median(seconds[1:]))
+    for name in times:
+        print(ratio_line(name, times[name], times["original"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="a folder with graphs/, train.csv and val.csv")
+    parser.add_argument("--graphs", type=int, default=400, help="random graphs (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="(default %(default)s)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine())
+    print("(a) warm epoch, one thread, all callbacks", flush=True)
+    for size, (nodes, edges) in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            data = write_data_set(Path(folder), arguments.graphs, size)
+            title = f"{arguments.graphs} random graphs, about {nodes} nodes and {edges} edges"
+            compare(title, data, arguments.repeats)
+    if arguments.data:
+        compare(f"the graphs of {arguments.data.name}/", arguments.data, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

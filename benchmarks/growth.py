@@ -1,0 +1,95 @@
+"""(d) Growth: epoch time and peak memory of a training run at several numbers of graphs.
+
+    python benchmarks/growth.py [--graphs 500 1000 2000 4000] [--size real]
+
+Each row is a process of its own that trains for two epochs, of which the second is timed, watched from outside. Anonymous
+memory belongs to the process alone. `mapped` are pages of files: the libraries, and for the store its graphs, which the
+system takes back when it needs the memory.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+import psutil
+from graphs import SIZES, write_data_set
+
+SIDES = ("original", "store")
+SOURCES = {"anonymous": ("smaps_rollup", "Pss_Anon:"), "mapped": ("status", "RssFile:")}
+
+
+def train(side: str, data: Path, scratch: Path) -> None:
+    "Two epochs; prints the seconds of the second."
+    import torch
+    from epoch import configuration, original, ours
+
+    torch.set_num_threads(1)
+    run = original if side == "original" else ours("")
+    seconds = run(configuration(data, scratch, trainer__num_epochs=2), scratch / side)[1]
+    print(seconds[-1])
+
+
+def memory(process: psutil.Process, kind: str) -> float:
+    "Memory of a process and its children; what forked processes share counts once (MB)."
+    name, field = SOURCES[kind]
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(OSError):  # ended meanwhile
+            lines = Path(f"/proc/{each.pid}/{name}").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith(field))
+    return total * 1024 / 1e6
+
+
+def watch(side: str, data: Path, scratch: Path) -> tuple[float, dict[str, float]]:
+    "Seconds of an epoch, and the highest memory of the process (MB)."
+    command = [sys.executable, __file__, "--one", side, str(data), str(scratch)]
+    highest = dict.fromkeys(SOURCES, 0.0)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watched = psutil.Process(process.pid)
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            highest = {kind: max(value, memory(watched, kind)) for kind, value in highest.items()}
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"{side} failed")
+    return float(process.stdout.read()), highest
+
+
+def compare(count: int, size: str) -> None:
+    "A line for each side; the store is packed by the process that is watched."
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data_set(Path(folder), count, size)
+        for side in SIDES:
+            seconds, peak = watch(side, data, Path(folder))
+            print(
+                f"  {count:5} graphs | {side:<8} epoch {seconds:6.2f} s | peak memory: anonymous "
+                f"{peak['anonymous']:5.0f} MB, mapped {peak['mapped']:5.0f} MB",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    counts = [500, 1000, 2000, 4000]
+    parser.add_argument("--graphs", type=int, nargs="+", default=counts, help="sizes of data sets")
+    parser.add_argument("--size", choices=list(SIZES), default="real", help="size of a graph")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        side, data, scratch = arguments.one
+        train(side, Path(data), Path(scratch))
+        return
+    print(f"(d) growth with the number of graphs ({arguments.size} size), one thread", flush=True)
+    for count in arguments.graphs:
+        compare(count, arguments.size)
+
+
+if __name__ == "__main__":
+    main()

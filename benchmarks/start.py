@@ -1,0 +1,107 @@
+"""(b) Cold start: seconds from the start of a process to its first optimizer step.
+
+    OMP_NUM_THREADS=1 python benchmarks/start.py [--graphs 1000 10000] [--repeats 3]
+
+`store` has its packed graphs from an earlier run, `first run` packs them first, `original` reads what its first batch needs.
+Files are in the page cache. The rest of a start is importing PyTorch, PyG and Lightning.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+SIDES = ("original", "store", "first run")
+
+
+def settings(data: Path, scratch: Path) -> dict[str, object]:
+    "A step after the first batch."
+    return {
+        "paths.graph": str(data / "graphs"),
+        "paths.train_labels": str(data / "train.csv"),
+        "paths.val_labels": str(data / "val.csv"),
+        "paths.save_dir": str(scratch / "runs"),
+        "paths.store": str(scratch / "stores"),
+        "trainer.accumulate_grad_batches": 1,
+    }
+
+
+def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
+    "Train until the first step is done, print how long it took and how long the store and the schema took of it."
+    import torch
+    from measure import quiet, timed
+    from pytorch_lightning import Callback
+
+    from topoqa_nb import training
+    from topoqa_nb.config import load_config
+
+    class Done(Callback):
+        def on_train_batch_end(self, *_: object) -> None:
+            print(time.time() - started, *parts, file=sys.__stdout__, flush=True)
+            os._exit(0)
+
+    torch.set_num_threads(1)
+    loaded, parts = load_config("sched_boost_seed222.yaml", settings(data, scratch)), []
+    with quiet():
+        if side == "original":
+            from original import fit
+
+            fit(data, loaded.config, scratch / "original", Done())
+        make_callbacks = training.make_callbacks
+        watched = {name: timed(getattr(training, name), parts) for name in ("open_store", "resolve_schema")}
+        watched["make_callbacks"] = lambda *given: [*make_callbacks(*given), Done()]
+        with patch.multiple(training, **watched):
+            training.train(loaded)
+
+
+def measure_start(side: str, data: Path, scratch: Path) -> list[float]:
+    "Seconds in all, and of the parts, in a process of its own."
+    command = [sys.executable, __file__, "--one", side, str(data), str(scratch), str(time.time())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{side} failed: {done.stderr[-2000:]}")
+    return [float(value) for value in done.stdout.split()]
+
+
+def compare(count: int, repeats: int) -> None:
+    "Medians of all sides, which alternate."
+    from graphs import write_data_set
+
+    found = {side: [] for side in SIDES}
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data_set(Path(folder, "data"), count, "real")
+        measure_start("store", data, Path(folder))  # leaves the packed graphs
+        for repeat in range(repeats):
+            for side in SIDES:
+                scratch = Path(folder, f"fresh_{repeat}") if side == "first run" else Path(folder)
+                found[side].append(measure_start(side, data, scratch))
+    for side, rows in found.items():
+        total, *parts = (statistics.median(column) for column in zip(*rows, strict=True))
+        said = "" if not parts else f" | of which the store {parts[0]:.3f} s, the schema {parts[1]:.3f} s"
+        print(f"  {count:6} graphs | {side:<9} first step after {total:5.2f} s{said}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--graphs", type=int, nargs="+", default=[1000, 10_000], help="sizes of data sets")
+    parser.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        side, data, scratch, started = arguments.one
+        first_step(side, Path(data), Path(scratch), float(started))
+        return
+    print("(b) cold start to the first step, one thread", flush=True)
+    for count in arguments.graphs:
+        compare(count, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

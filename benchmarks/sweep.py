@@ -1,0 +1,86 @@
+"""(c) Three jobs: `topoqa batch --jobs auto` against three runs of the original's way, one after the other.
+
+    python benchmarks/sweep.py                          # random graphs
+    python benchmarks/sweep.py --data FOLDER            # a folder with graphs/, train.csv and val.csv instead
+
+The jobs are those of manifests/run_core.yaml. The original's runs have two threads each, ours have one each and run at
+the same time where there are cores. Everything is counted: imports, the packing of the graphs, checkpoints, logs.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+from graphs import write_data_set
+from measure import ratio_line, seconds
+
+JOBS = ("sched_boost_seed222", "sched_boost_lr035_seed222", "large_batch_sched_boost_seed222")
+
+
+def run(command: list[str], threads: int) -> None:
+    "A command to its end, silently."
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed: {(done.stdout + done.stderr)[-2000:]}")
+
+
+def original(data: Path, folder: Path, epochs: int) -> None:
+    "Three processes in sequence, two threads each."
+    script = Path(__file__).with_name("original.py")
+    for job in JOBS:
+        command = [sys.executable, str(script), str(data), "--save-dir", str(folder / job), "--threads", "2"]
+        run([*command, "--config", f"{job}.yaml", "--set", f"trainer.num_epochs={epochs}"], threads=2)
+
+
+def ours(data: Path, folder: Path, epochs: int) -> None:
+    "One command; it packs the graphs, because nobody has done so before."
+    paths = {
+        "paths.graph": str(data / "graphs"),
+        "paths.train_labels": str(data / "train.csv"),
+        "paths.val_labels": str(data / "val.csv"),
+        "paths.save_dir": str(folder / "runs"),
+        "paths.store": str(folder / "stores"),
+        "trainer.num_epochs": epochs,
+    }
+    jobs = [{"name": job, "config": f"{job}.yaml"} for job in JOBS]
+    manifest = folder / "manifest.yaml"
+    manifest.write_text(yaml.safe_dump({"shared": {"overrides": paths}, "jobs": jobs}))
+    topoqa = [sys.executable, "-m", "topoqa_nb.cli", "batch"]
+    run([*topoqa, "--manifest", str(manifest), "--jobs", "auto"], threads=1)
+
+
+def compare(data: Path, epochs: int, repeats: int) -> None:
+    "Wall-clock time of both sides, which alternate."
+    times = {"original": [], "topoqa": []}
+    for repeat in range(repeats):
+        sides = [("original", original), ("topoqa", ours)]
+        for name, side in sides if repeat % 2 == 0 else reversed(sides):
+            with tempfile.TemporaryDirectory() as folder:
+                times[name].append(seconds(lambda side=side, folder=folder: side(data, Path(folder), epochs)))
+    for name in times:
+        print(ratio_line(name, times[name], times["original"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="a folder with graphs/, train.csv and val.csv")
+    parser.add_argument("--graphs", type=int, default=1000, help="random graphs (default %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="of each run (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=2, help="(default %(default)s)")
+    arguments = parser.parse_args()
+    what = f"the graphs of {arguments.data.name}/" if arguments.data else f"{arguments.graphs} random graphs"
+    print(f"(c) three jobs of {arguments.epochs} epochs, {what}, {os.cpu_count()} cores", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        data = arguments.data or write_data_set(Path(folder), arguments.graphs, "real")
+        compare(data.resolve(), arguments.epochs, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

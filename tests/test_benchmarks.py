@@ -1,0 +1,40 @@
+"Every script of benchmarks/ runs; here on little data, for what it prints and not for how fast."
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+FOLDER = REPOSITORY / "benchmarks"
+LITTLE = {
+    "epoch": ["--graphs", "40", "--repeats", "1"],
+    "start": ["--graphs", "40", "--repeats", "1"],
+    "sweep": ["--graphs", "40", "--repeats", "1", "--epochs", "1"],
+    "growth": ["--graphs", "40"],
+    "store": ["--graphs", "40", "--repeats", "1"],
+    "kernel": ["--graphs", "2", "--rounds", "1", "--nodes", "9", "--edges", "30"],
+}
+SAID = {
+    "epoch": "differ by at most",
+    "start": "of which the store",
+    "sweep": "x the speed of the original's way",
+    "growth": "peak memory: anonymous",
+    "store": "with sidecar",
+    "kernel": "reference / kernel",
+}
+NOT_RUN = {"graphs", "measure", "original"}  # what the scripts share
+
+
+@pytest.mark.parametrize("name", LITTLE)
+def test_a_benchmark_runs(name: str, tmp_path: Path):
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *LITTLE[name]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert SAID[name] in done.stdout
+    assert list(tmp_path.iterdir()) == [], "nothing is left in the working directory"
+
+
+def test_no_benchmark_is_forgotten():
+    assert {path.stem for path in FOLDER.glob("*.py")} == LITTLE.keys() | NOT_RUN
