@@ -187,7 +187,11 @@ def check_outputs(root: Path) -> list[str]:
 
 def lint_targets(root: Path) -> list[str]:
     "The folders that ruff reads; the exported package follows from the pages."
-    return [name for name in ("nbs", "pipelines", "tests", "scripts", "benchmarks", ".ci") if (root / name).exists()]
+    return [
+        name
+        for name in ("nbs", "pipelines", "tests", "scripts", "benchmarks", ".ci")
+        if (root / name).exists()
+    ]
 
 
 def check_ruff(root: Path) -> list[str]:
