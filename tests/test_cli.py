@@ -106,7 +106,18 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture):
         (["run", "--config"], ["--config"]),
         (["run", "--config", "config.yaml", "extra"], ["extra"]),
         (["batch", "--manifest", "run_core.yaml", "--limit", "x"], ["--limit", "x"]),
-        (["batch", "--manifest", "run_core.yaml", "--jobs", "0"], ["--jobs", "0"]),
+        (["batch", "--manifest", "run_core.yaml", "--jobs", "0"], ["--jobs", "from 1, or auto", "found 0;"]),
+        (
+            ["batch", "--manifest", "run_core.yaml", "--jobs", "-1"],
+            ["--jobs", "from 1, or auto", "found -1;"],
+        ),
+        (
+            ["batch", "--manifest", "run_core.yaml", "--jobs=many"],
+            ["--jobs", "from 1, or auto", "found many;"],
+        ),
+        (["batch", "--manifest", "run_core.yaml", "--jobs", "²"], ["--jobs", "from 1, or auto", "found ²;"]),
+        (["pipeline", "--jobs", "many"], ["--jobs", "from 1, or auto", "found many;"]),
+        (["fine-tune", "--jobs", "1.5"], ["--jobs", "from 1, or auto", "found 1.5;"]),
         (["batch", "--manifest", "run_core.yaml", "--executor", "slurm"], ["--executor", "slurm"]),
         (["leaderboard", "--format", "xml"], ["--format", "xml"]),
         (["summarise"], ["--run-id", "--run-dir", "neither"]),
@@ -384,8 +395,10 @@ def test_what_a_batch_refuses(text: str | None, part: str, tmp_path: Path, capsy
     assert part in refused(capsys, "batch", "--manifest", path)
 
 
-@pytest.mark.parametrize(("status", "code"), [("completed", 0), ("failed", 1)])
-def test_a_batch_ends_with_its_table_and_a_code(status: str, code: int, tmp_path: Path, monkeypatch, capsys):
+@pytest.mark.parametrize(("status", "code", "jobs"), [("completed", 0, 3), ("failed", 1, "auto")])
+def test_a_batch_ends_with_its_table_and_a_code(
+    status: str, code: int, jobs: object, tmp_path: Path, monkeypatch, capsys
+):
     import topoqa_nb.sweep
 
     given = {}
@@ -397,11 +410,13 @@ def test_a_batch_ends_with_its_table_and_a_code(status: str, code: int, tmp_path
         )
 
     monkeypatch.setattr(topoqa_nb.sweep, "run_jobs", pretend)
-    words = ["--limit", "2", "--jobs", "3", "--skip-completed", "--output-root", str(tmp_path)]
+    words = ["--limit", "2", "--jobs", str(jobs), "--skip-completed", "--output-root", str(tmp_path)]
     assert main(["batch", "--manifest", "run_core.yaml", *words]) == code
     assert given.pop("names") == ["sched_boost_seed222", "sched_boost_lr035_seed222"]
     assert given == {
-        "jobs": 3,
+        "jobs": jobs,
+        "say": print,
+        "watch": topoqa_nb.sweep.UNWATCHED,  # standard output is no terminal here
         "continue_on_error": False,
         "skip_completed": True,
         "executor": "local",

@@ -18,6 +18,7 @@ from topoqa_nb.config import Config, TrainerConfig, load_config
 from topoqa_nb.core import ConfigError, to_json
 from topoqa_nb.hardware import (
     FALLBACK,
+    PARALLEL_VARIABLE,
     available_cores,
     check_device,
     configured_use,
@@ -135,6 +136,21 @@ def test_auto_threads_are_shared_among_jobs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hardware, "available_cores", lambda: 8)
     assert [thread_count("auto", jobs) for jobs in (1, 3, 8, 9)] == [8, 2, 1, 1]
     assert thread_count(6, 4) == 6
+
+
+def test_a_sweep_says_how_many_share_the_cores(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("topoqa_nb.hardware.available_cores", lambda: 8)
+    assert thread_count("auto") == 8
+    monkeypatch.setenv(PARALLEL_VARIABLE, "3")
+    assert [thread_count("auto"), thread_count("auto", 1), thread_count(5)] == [2, 8, 5]
+
+
+@pytest.mark.parametrize("said", ["", "0", "-1", "two", "1.5", "²"])
+def test_a_wrong_number_of_jobs_is_one_line(said: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(PARALLEL_VARIABLE, said)
+    with pytest.raises(ConfigError, match=f"{PARALLEL_VARIABLE}: expected a number from 1"):
+        thread_count("auto")
+    assert thread_count(2) == 2
 
 
 def test_threads_are_put_back_after_an_error():

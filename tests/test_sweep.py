@@ -1,12 +1,20 @@
 """Sweeps with real trainings: several at once, one that dies, an interruption, and what need not be repeated."""
 
+import fcntl
+import functools
 import json
 import os
+import pty
+import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,22 +22,27 @@ import pytest
 import yaml
 
 from topoqa_nb.config import load_config
-from topoqa_nb.core import CheckpointError, ConfigError, RunError, write_json
+from topoqa_nb.core import CheckpointError, ConfigError, DataError, RunError, write_json
 from topoqa_nb.demo import DemoPaths, write_tiny_dataset
-from topoqa_nb.runs import read_metadata, read_metrics
+from topoqa_nb.hardware import available_cores
+from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics
+from topoqa_nb.store import open_store
 from topoqa_nb.sweep import (
     Job,
     SweepInterrupted,
     SweepResult,
     child_environment,
     completed_before,
+    job_slots,
     load_manifest,
     plan_jobs,
     result_of,
     results_table,
+    run_figures,
     run_jobs,
     training_command,
 )
+from topoqa_nb.training import Interrupted
 
 # What a sweep expects of a training's process, without a training.
 STAND_IN = """
@@ -248,15 +261,119 @@ def test_the_command_repeats_the_plan(tmp_path: Path, demo: DemoPaths):
     assert load_config(command[command.index("--config") + 1], overrides).config == job.loaded.config
 
 
+# --- processes and threads
+
+
 def test_threads_follow_the_configuration(tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    found = [
-        child_environment(plan(tmp_path, demo, overrides=[f"trainer.num_threads={threads}"])[0])[
-            "OMP_NUM_THREADS"
-        ]
-        for threads in (1, 2, "auto")
+    monkeypatch.setattr("topoqa_nb.hardware.available_cores", lambda: 8)
+    jobs = [plan(tmp_path, demo, overrides=[f"trainer.num_threads={count}"])[0] for count in (1, 2, "auto")]
+    found = [[child_environment(job, slots)["OMP_NUM_THREADS"] for job in jobs] for slots in (1, 3)]
+    assert found == [["1", "2", "8"], ["1", "2", "2"]]
+
+
+@pytest.mark.parametrize(("asked", "slots"), [("auto", 3), (1, 1), (2, 2), (9, 4)])
+def test_auto_is_a_process_per_core_and_never_more_than_jobs(
+    asked: object, slots: int, tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("topoqa_nb.sweep.available_cores", lambda: 3)
+    assert job_slots(asked, plan(tmp_path, demo, "abcd")) == slots
+    assert job_slots(asked, plan(tmp_path, demo, "a")) == 1
+
+
+def test_a_process_learns_how_many_share_the_cores_and_its_configuration_stays(
+    tmp_path: Path, demo: DemoPaths
+):
+    "The child's own count, its libraries' limit, and what is said are the same."
+    script = (
+        "from topoqa_nb.hardware import thread_count; import torch;"
+        "found = [thread_count('auto'), int(os.environ['OMP_NUM_THREADS']), torch.get_num_threads()];"
+        "say('completed', found=found)"
+    )
+    for slots in (1, 2):
+        folder, lines = tmp_path / str(slots), []
+        folder.mkdir()
+        jobs = plan(folder, demo, "ab"[:slots], overrides=["trainer.num_threads=auto"])
+        run_jobs(jobs, jobs=slots, command=stand_in(script), say=lines.append)
+        threads = max(1, available_cores() // slots)
+        assert [read_metadata(job.run)["found"] for job in jobs] == [[threads] * 3] * slots
+        jobs_text, threads_text = "job" + "s" * (slots > 1), "thread" + "s" * (threads > 1)
+        assert lines[0] == f"{slots} {jobs_text}, {slots} at a time, {threads} {threads_text} each"
+        assert "num_threads=1" not in " ".join(training_command(jobs[0]))
+
+
+# --- the graphs, before the first job
+
+
+def other_data(folder: Path, job: Job, damaged: bool) -> Job:
+    "The job, on graphs of its own."
+    paths = write_tiny_dataset(folder)
+    if damaged:
+        (paths.graph_dir / "cut.pt").touch()
+    names = ("train_labels", "val_labels")
+    overrides = {f"paths.{name}": str(getattr(paths, name)) for name in names}
+    overrides |= {"paths.graph": str(paths.graph_dir), "paths.store": str(folder / "store")}
+    return replace(job, loaded=load_config(job.loaded.source, job.loaded.overrides | overrides))
+
+
+def test_every_graph_directory_is_packed_once_before_the_first_job(
+    tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+):
+    jobs = plan(tmp_path, demo, "abc")
+    jobs[1] = other_data(tmp_path / "other", jobs[1], damaged=False)
+    opened = []
+
+    def counted(graph_dir: Path, **options: object):
+        assert not any(job.run.path.exists() for job in jobs)
+        opened.append((graph_dir, options["store_dir"]))
+        return open_store(graph_dir, **options)
+
+    monkeypatch.setattr("topoqa_nb.sweep.open_store", counted)
+    result = run_jobs(jobs, command=stand_in(COMPLETES), say=lambda line: None)
+    assert result.completed
+    assert opened == [
+        (demo.graph_dir, None),
+        (tmp_path / "other" / "graph_data", tmp_path / "other" / "store"),
     ]
-    assert found == ["1", "2", "7"]
+    assert list((tmp_path / "other" / "store").glob("*/*/header"))
+
+
+def test_a_damaged_graph_ends_a_sweep_before_it_begins(tmp_path: Path, demo: DemoPaths):
+    good, job = plan(tmp_path, demo, "ab")
+    bad = other_data(tmp_path / "bad", job, damaged=True)
+    for jobs, tolerant in (([good, bad], False), ([bad], True)):
+        with pytest.raises(DataError, match="cut.pt"):
+            run_jobs(jobs, command=stand_in(COMPLETES), continue_on_error=tolerant, say=lambda line: None)
+    assert not good.run.path.exists()
+
+
+def test_with_continue_on_error_a_damaged_graph_is_the_failure_of_its_own_jobs(
+    tmp_path: Path, demo: DemoPaths
+):
+    jobs, lines = plan(tmp_path, demo, "abc"), []
+    jobs[0] = other_data(tmp_path / "bad", jobs[0], damaged=True)
+    jobs[2] = replace(jobs[0], name="c", run_name="c")
+    result = run_jobs(jobs, command=stand_in(COMPLETES), continue_on_error=True, say=lines.append)
+    assert [job.status for job in result] == ["failed", "completed", "failed"]
+    assert [line.split(":")[0] for line in lines[1:3]] == ["a | failed", "c | failed"]
+    assert "cut.pt" in result.jobs[2].reason
+    assert not jobs[0].run.path.exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_packing_starts_nothing(
+    signum: int, tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupted(*arguments: object, **options: object) -> None:
+        os.kill(os.getpid(), signum)
+        time.sleep(5)
+
+    monkeypatch.setattr("topoqa_nb.sweep.open_store", interrupted)
+    job = plan(tmp_path, demo)[0]
+    with pytest.raises(Interrupted) as caught:
+        run_jobs([job], command=stand_in(COMPLETES), say=lambda line: None)
+    assert caught.value.signum == signum
+    assert not job.run.path.exists()
 
 
 # --- running, with stand-ins
@@ -416,6 +533,143 @@ def test_signal_handlers_are_put_back(tmp_path: Path, demo: DemoPaths):
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+# --- the table in a terminal
+
+# `topoqa batch` whose jobs are stand-ins: the second argument is what they execute.
+BATCH = f"""
+import functools, sys
+import topoqa_nb.sweep as sweep
+from topoqa_nb.cli import main
+script = sys.argv.pop(1)
+command = lambda job: [sys.executable, "-c", {STAND_IN!r}, str(job.run.path), script]
+sweep.run_jobs = functools.partial(sweep.run_jobs, command=command)
+sys.exit(main())
+"""
+# The files of a run after two of three epochs of a minute each.
+TWO_EPOCHS = """
+say('running', progress={'epochs': 3}, selection={'best_score': -0.61}, runtime={'epoch_seconds': [61.0, 61.0]})
+from topoqa_nb.runs import METRIC_COLUMNS
+rows = [{'epoch': 0, 'step': 1, 'val_loss': 0.08}, {'epoch': 1, 'step': 2, 'val_loss': 0.0712, 'val_spearman_corr': 0.68}]
+(run / 'metrics').mkdir()
+lines = [','.join(str(row.get(name, '')) for name in METRIC_COLUMNS) for row in rows]
+(run / 'metrics' / 'metrics.csv').write_text('\\n'.join([','.join(METRIC_COLUMNS), *lines]) + '\\n')
+print('Epoch 001 | train_loss=0.1 | val_loss=0.0712', flush=True)
+"""
+SHOWN = ["2/3", "0.07120", "0.68000", "-0.61000"]
+
+
+def in_terminal(
+    folder: Path,
+    demo: DemoPaths,
+    names: str,
+    script: str,
+    act: Callable = lambda process, keyboard: None,
+    **more: str,
+) -> tuple[int, str]:
+    "Exit code and raw output of a batch in a terminal; `act` is called as soon as the numbers are on the screen."
+    manifest = write_manifest(folder, demo, jobs=[{"name": name} for name in names])
+    command = [sys.executable, "-c", BATCH, script, "batch", "--manifest", str(manifest), "--jobs", "2"]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    environment = os.environ | {"TERM": "xterm-256color"} | more
+    claim = functools.partial(os.login_tty, theirs)  # its Ctrl-C goes to the process
+    process = subprocess.Popen(command, env=environment, preexec_fn=claim)
+    os.close(theirs)
+    text, acted = "", False
+    try:
+        while piece := _read(ours):
+            text += piece
+            if not acted and SHOWN[-1] in text:
+                acted = True
+                act(process, ours)
+        return process.wait(timeout=60), text
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def _read(descriptor: int) -> str:
+    try:
+        return os.read(descriptor, 65536).decode(errors="replace")
+    except OSError:  # the other side has closed it
+        return ""
+
+
+def words(text: str) -> list[list[str]]:
+    "The words of each line, without colours and movements of the cursor."
+    return [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", " ", line).split() for line in re.split(r"[\r\n]+", text)]
+
+
+def assert_clean(text: str) -> None:
+    "The cursor is visible in the end, and what stays on the screen was written after the table was erased."
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    left = text[text.rindex("\x1b[2K") :]
+    assert "best score" in left  # of the table of results
+    assert "spearman" not in left
+
+
+def test_a_terminal_shows_all_jobs(tmp_path: Path, demo: DemoPaths):
+    script = f"{TWO_EPOCHS}\ntime.sleep(3)\n{COMPLETES}"
+    code, text = in_terminal(tmp_path, demo, "abc", script)
+    assert code == 0, text
+    lines = words(text)
+    assert lines[0] == ["3", "jobs,", "2", "at", "a", "time,", "1", "thread", "each"]
+    running = [line for line in lines if line[:2] == ["a", "running"] and len(line) > 3]
+    assert running[-1][2:6] == SHOWN
+    assert running[-1][-1] == "0:01:01"  # one epoch is left
+    assert re.fullmatch(r"0:00:\d\d", running[-1][-2])
+    assert ["c", "waiting"] in lines
+    assert ["2", "running,", "1", "waiting"] in lines
+    assert any(line[:2] == ["a", "completed"] for line in lines)
+    assert [line[:2] for line in lines[-4:-1]] == [[name, "completed"] for name in "abc"]
+    assert "| Epoch" not in text
+    assert text.count("| started") == 3
+    assert_clean(text)
+
+
+@pytest.mark.parametrize("key", ["ctrl-c", "SIGTERM"])
+def test_a_terminal_is_left_clean_after_an_interruption(key: str, tmp_path: Path, demo: DemoPaths):
+    def stop(process: subprocess.Popen, keyboard: int) -> None:
+        os.write(keyboard, b"\x03") if key == "ctrl-c" else process.terminate()
+
+    handler = "def stop(signum, frame): say('interrupted', reason=signal.Signals(signum).name); sys.exit(1)\n"
+    handler += "signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)"
+    code, text = in_terminal(tmp_path, demo, "abc", f"{handler}\n{TWO_EPOCHS}\ntime.sleep(60)", stop)
+    signum = signal.SIGINT if key == "ctrl-c" else signal.SIGTERM
+    assert code == 128 + signum, text
+    assert "Traceback" not in text
+    assert [line[:2] for line in words(text)[-5:-2]] == [
+        ["a", "interrupted"],
+        ["b", "interrupted"],
+        ["c", "not"],
+    ]
+    assert f"stopped by {signum.name}" in text.splitlines()[-1]
+    assert_clean(text)
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path: Path, demo: DemoPaths):
+    code, text = in_terminal(tmp_path, demo, "a", f"{TWO_EPOCHS}\n{COMPLETES}", TERM="dumb")
+    assert code == 0, text
+    assert "\x1b" not in text
+    assert "a | Epoch 001 | train_loss=0.1 | val_loss=0.0712" in text
+
+
+def test_a_table_that_cannot_be_drawn_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths):
+    "As when the window is closed: writing to it fails."
+    script = "say('running', pid=os.getpid()); time.sleep(60)"
+    jobs = plan(tmp_path, demo)
+
+    def closed(crew: object) -> None:
+        if jobs[0].run.metadata_file.exists():
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output"):
+        run_jobs(jobs, command=stand_in(script), say=lambda line: None, watch=nullcontext(closed))
+    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+    assert read_metadata(jobs[0].run)["status"] == "interrupted"
+
+
 # --- real trainings
 
 
@@ -423,7 +677,7 @@ def test_signal_handlers_are_put_back(tmp_path: Path, demo: DemoPaths):
 def sweep(tmp_path_factory: pytest.TempPathFactory, demo: DemoPaths) -> tuple[list[Job], object, list[str]]:
     "Two trainings at a time; the second job's loss is not finite."
     jobs = [
-        {"name": "fine", "notes": "kept"},
+        {"name": "fine", "notes": "kept", "overrides": {"trainer.num_threads": "auto"}},
         {"name": "diverges", "overrides": {"learning_rate": 1.0e30, "batch_size": 2}},
     ]
     manifest = write_manifest(tmp_path_factory.mktemp("sweep"), demo, jobs=jobs)
@@ -451,6 +705,29 @@ def test_a_real_run_keeps_its_console_and_its_plan(sweep):
     assert metadata["overrides"]["trainer.num_epochs"] == 3
 
 
+def test_a_run_records_the_setting_and_the_threads_that_it_had(sweep):
+    metadata = read_metadata(sweep[0][0].run)
+    assert metadata["training_parameters"]["trainer"]["num_threads"] == "auto"
+    assert metadata["environment"]["threads"] == max(1, available_cores() // 2)
+
+
+def test_figures_come_from_the_files_of_a_run(sweep, tmp_path: Path):
+    run, metrics = sweep[0][0].run, read_metrics(sweep[0][0].run)
+    last = metrics.iloc[-1]
+    found = run_figures(run)
+    assert found == {
+        "epochs": "3/3",
+        "val_loss": last.val_loss,
+        "val_spearman": last.val_spearman_corr,
+        "best": metrics.selection_metric.min(),
+        "seconds_left": None,
+    }
+    assert run_figures(RunDirectory(tmp_path / "absent")) == {}
+    copy = RunDirectory(shutil.copytree(run.path, tmp_path / "damaged", symlinks=True))
+    copy.metrics_file.write_text("epoch\n1,")
+    assert run_figures(copy) == {}
+
+
 def test_a_completed_job_is_not_repeated(sweep):
     planned, result, _ = sweep
     again = [replace(job, run_name=f"{job.name}_2030-01-01_00-00-00") for job in planned]
@@ -458,8 +735,12 @@ def test_a_completed_job_is_not_repeated(sweep):
     assert list(earlier) == ["fine"]
     assert earlier["fine"].checkpoint == result.jobs[0].checkpoint
     assert planned[0].run_name in earlier["fine"].reason
-    result = run_jobs(again[:1], skip_completed=True, command=stand_in("sys.exit('started')"))
+    lines = []
+    result = run_jobs(
+        again[:1], skip_completed=True, command=stand_in("sys.exit('started')"), say=lines.append
+    )
     assert result.completed
+    assert lines == []  # nothing waits
 
 
 def test_other_settings_other_data_or_another_name_are_repeated(sweep, demo: DemoPaths, tmp_path: Path):
@@ -513,6 +794,8 @@ def test_an_interrupted_sweep_leaves_no_process_and_says_how_every_run_ended(end
     assert "Traceback" not in text
     runs = sorted(path for path in (folder / "runs").iterdir() if not path.is_symlink())
     assert [read_metadata(run)["status"] for run in runs] == ["interrupted", "interrupted"]
+    assert "3 jobs, 2 at a time, 1 thread each" in text.splitlines()
+    assert "\x1b" not in text  # a file is no terminal
     assert text.count(" interrupted ") >= 2
     assert "not started" in text
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout

@@ -172,7 +172,9 @@ class TrainerConfig(Section):
     limit_train_batches: BatchLimit = None  # a number of batches, a fraction, or None for all
     limit_val_batches: BatchLimit = None  # as limit_train_batches
     gradient_clip_val: Number | None = Field(None, gt=0)  # largest gradient norm; None = no clipping
-    num_threads: Count = 1  # CPU threads; results differ between thread counts
+    num_threads: Count = (
+        1  # CPU threads; results differ between thread counts; auto: this run's share of the cores
+    )
 
     @field_validator("precision")
     @classmethod
