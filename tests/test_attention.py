@@ -25,6 +25,7 @@ from topoqa_nb.attention import (
     choose_kernel,
     compile_loop,
     find_numba,
+    find_onednn,
     numba_steps,
     on_arrays,
     order_edges,
@@ -312,6 +313,44 @@ def test_inference_mode(kernel):
     with torch.inference_mode():
         order = order_edges(case.edge_index, 5, kernel)
         torch.testing.assert_close(attend(case.conv, case.nodes, order.arrange(case.edges), order), wanted)
+
+
+# Whole tiles by oneDNN.
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    "A processor on which oneDNN is chosen."
+    monkeypatch.setattr(attention, "processor_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    find_onednn.cache_clear()
+    yield monkeypatch
+    find_onednn.cache_clear()
+
+
+def test_onednn_is_chosen_only_where_it_was_found_faster(amd):
+    assert find_onednn() is not None, (
+        "this version of PyTorch lacks it: whole tiles are slower on AMD processors"
+    )
+    for change in (("processor_vendor", lambda: "GenuineIntel"), ("processor_vendor", lambda: None)):
+        find_onednn.cache_clear()
+        amd.setattr(attention, *change)
+        assert find_onednn() is None
+
+
+def test_a_pytorch_without_onednn(amd):
+    amd.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    assert find_onednn() is None
+
+
+@pytest.mark.parametrize("kernel", FAST)
+def test_whole_tiles_give_the_same_by_either_product(kernel, amd):
+    sizes = {"nodes": 60, "pairs": 2 * TILE + 300, "heads": 8, "width": 32, "dtype": torch.float32}
+    assert find_onednn() is not None
+    by_onednn = outcome(make_case(**sizes), kernel)
+    amd.setattr(attention, "find_onednn", lambda: None)
+    for found, wanted in zip(by_onednn, outcome(make_case(**sizes), kernel), strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 # The choice.

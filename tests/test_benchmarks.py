@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "benchmarks"
 LITTLE = {
-    "epoch": ["--graphs", "40", "--repeats", "1"],
+    "epoch": ["--graphs", "40", "--repeats", "1", "--epochs", "2"],
     "start": ["--graphs", "40", "--repeats", "1"],
     "sweep": ["--graphs", "40", "--repeats", "1", "--epochs", "1"],
     "growth": ["--graphs", "40"],

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Loop', 'TILE', 'TORCH_STEPS', 'LOOPS', 'FAST', 'KERNELS', 'EdgeOrder', 'order_edges', 'in_rows', 'check_node_numbers',
-           'dropout_mask', 'Steps', 'tiles', 'Attention', 'attention_scores', 'score_gradients', 'find_numba',
-           'numba_steps', 'argument_types', 'compile_loop', 'on_arrays', 'choose_kernel', 'is_low_precision', 'attend']
+           'dropout_mask', 'Steps', 'tiles', 'find_onednn', 'processor_vendor', 'multiply', 'add_outer', 'Attention',
+           'attention_scores', 'score_gradients', 'find_numba', 'numba_steps', 'argument_types', 'compile_loop',
+           'on_arrays', 'choose_kernel', 'is_low_precision', 'attend']
 
 # %% ../nbs/07_attention.ipynb #07-004
 import math
@@ -13,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -174,6 +176,49 @@ TORCH_STEPS = Steps(
 )
 
 # %% ../nbs/07_attention.ipynb #07-024
+@cache
+def find_onednn() -> Callable[..., Tensor] | None:  # rows and weight, as `functional.linear` has them
+    "oneDNN's matrix product, on the processors where it is the faster one."
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or processor_vendor() != "AuthenticAMD":
+        return None
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return product and (lambda rows, weight: product(rows, weight, None, "none", [], ""))
+
+
+def processor_vendor() -> str | None:
+    "As Linux names it; None on other systems."
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), None)
+
+
+def multiply(
+    rows: Tensor,  # [M, J], contiguous
+    weight: Tensor,  # [L, J]
+    out: Tensor,  # [M, L], may be used for the result
+) -> Tensor:  # [M, L], rows @ weight^T
+    "The product of a tile of edges with a weight."
+    is_whole = len(rows) == TILE and rows.dtype == torch.float32
+    onednn = find_onednn() if is_whole else None
+    return torch.mm(rows, weight.t(), out=out) if onednn is None else onednn(rows, weight)
+
+
+def add_outer(
+    total: Tensor,  # [J, L], to which rows^T @ q is added
+    rows: Tensor,  # [M, J]
+    q: Tensor,  # [M, L]
+) -> None:
+    "The gradient of a weight from a tile of edges."
+    is_whole = len(rows) == TILE and rows.dtype == torch.float32
+    onednn = find_onednn() if is_whole else None
+    if onednn is None:
+        total.addmm_(rows.t(), q)
+    else:
+        total.add_(onednn(rows.t().contiguous(), q.t()))
+
+# %% ../nbs/07_attention.ipynb #07-027
 class Attention(Function):
     "GATv2 attention with heads averaged, without the bias; gradients by hand."
 
@@ -241,9 +286,7 @@ def attention_scores(
     buffer = edges.new_empty(min(TILE, edge_count), heads * width)
     source, target = order.edge_index
     for tile in tiles(edge_count):
-        terms = torch.mm(edges[tile], edge_weight.t(), out=buffer[: tile.stop - tile.start]).view(
-            -1, heads, width
-        )
+        terms = multiply(edges[tile], edge_weight, buffer[: tile.stop - tile.start]).view(-1, heads, width)
         places = source[tile], target[tile]
         steps.scores(left, right, terms, *places, vector, slope, scores[tile], positive[tile])
     return scores, positive
@@ -265,18 +308,18 @@ def score_gradients(
     edge_count, (heads, width) = len(edges), vector.shape
     by_source, by_target = edges.new_zeros(2, len(order.ptr) - 1, heads, width)
     grad_edges, products = torch.empty_like(edges), edges.new_zeros(edges.shape[1], heads * width)
-    scaled_weight = vector.reshape(-1, 1) * edge_weight
+    scaled_weight = (vector.reshape(-1, 1) * edge_weight).t().contiguous()
     buffer = edges.new_empty(min(TILE, edge_count), heads * width)
     source, target = order.edge_index
     for tile in tiles(edge_count):
         q = buffer[: tile.stop - tile.start]
         states = q.view(-1, heads, width), by_source, by_target
         steps.score_gradients(grad_scores[tile], positive[tile], source[tile], target[tile], slope, *states)
-        torch.mm(q, scaled_weight, out=grad_edges[tile])
-        products.addmm_(edges[tile].t(), q)
+        grad_edges[tile] = multiply(q, scaled_weight, grad_edges[tile])
+        add_outer(products, edges[tile], q)
     return by_source, by_target, grad_edges, products.t()
 
-# %% ../nbs/07_attention.ipynb #07-026
+# %% ../nbs/07_attention.ipynb #07-029
 def _loop_scores(left, right, terms, source, target, vector, slope, scores, positive):
     heads, width = vector.shape
     for edge in range(len(source)):
@@ -352,7 +395,7 @@ def _loop_score_gradients(grad, positive, source, target, slope, q, by_source, b
                 by_source[j, head, unit] += value
                 by_target[i, head, unit] += value
 
-# %% ../nbs/07_attention.ipynb #07-029
+# %% ../nbs/07_attention.ipynb #07-032
 LOOPS = {
     "scores": (_loop_scores, "r3 r3 r3 i1 i1 r2 r0 r2 b3"),
     "softmax": (_loop_softmax, "i1 i1 r2"),
@@ -420,7 +463,7 @@ def on_arrays(
 
     return run
 
-# %% ../nbs/07_attention.ipynb #07-033
+# %% ../nbs/07_attention.ipynb #07-036
 KERNELS = ("reference", "torch", "numba")
 
 
@@ -451,7 +494,7 @@ def is_low_precision(
     "Whether the network computes, or may compute, in less than 32 bit."
     return values.dtype.itemsize < 4 or torch.is_autocast_enabled(values.device.type)
 
-# %% ../nbs/07_attention.ipynb #07-036
+# %% ../nbs/07_attention.ipynb #07-039
 def attend(
     conv: GATv2Conv,  # the parameters; heads averaged, no self loops, with edge features
     nodes: Tensor,  # [N, H]

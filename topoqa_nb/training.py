@@ -6,8 +6,8 @@
 __all__ = ['NOT_DRIFT', 'window_scale', 'make_scheduler', 'refuse_non_finite', 'TopoQAModule', 'RunData', 'open_data',
            'check_stated_width', 'load_model', 'predict', 'predict_split', 'Parent', 'read_parent',
            'refuse_other_schema', 'trainer_arguments', 'wants_bar', 'interruptible', 'recorded', 'train',
-           'describe_start', 'run_environment', 'lineage', 'fit', 'make_callbacks', 'conclude', 'drift',
-           'chosen_checkpoint', 'checkpoint_epoch', 'next_folder', 'rewind', 'resume', 'continued_parent',
+           'describe_start', 'run_environment', 'lineage', 'fit', 'unfilled_memory', 'make_callbacks', 'conclude',
+           'drift', 'chosen_checkpoint', 'checkpoint_epoch', 'next_folder', 'rewind', 'resume', 'continued_parent',
            'say_resumed', 'note_kernel', 'refuse_running', 'refuse_missing_rows', 'refuse_complete', 'refuse_drift',
            'note_resume']
 
@@ -156,6 +156,12 @@ class TopoQAModule(LightningModule):
         if self.restored and self.scheduler:
             self.scheduler.load_state_dict(self.restored["scheduler"])
         return optimizer
+
+    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
+        "Batches are made on the CPU; walking through them to move nothing would cost a percent of an epoch."
+        return (
+            batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
+        )
 
     def on_after_batch_transfer(self, batch, dataloader_idx: int):
         if self.dtype == torch.float32:
@@ -530,10 +536,21 @@ def fit(
     loaders[0].sampler.set_epoch(
         first_epoch
     )  # Lightning draws a resumed run's first order before it sets the epoch
-    with open_tracker(run, config.mlflow) as tracker:
+    with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
         callbacks = [*make_callbacks(run, config, parent), tracker]
         trainer = Trainer(**trainer_arguments(config), callbacks=callbacks)
         trainer.fit(module, *loaders, ckpt_path=resume_from)
+
+
+@contextmanager
+def unfilled_memory() -> Iterator[None]:
+    "Spare the NaN that PyTorch's deterministic mode writes into new memory; each operation here fills its own."
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 def make_callbacks(run: RunDirectory, config: Config, parent: Parent | None) -> list[Callback]:
