@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from graphs import write_data_set
+from graphs import SIZES, write_data_set
 from measure import ratio_line, seconds
 
 JOBS = ("sched_boost_seed222", "sched_boost_lr035_seed222", "large_batch_sched_boost_seed222")
@@ -71,14 +71,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="a folder with graphs/, train.csv and val.csv")
-    parser.add_argument("--graphs", type=int, default=1000, help="random graphs (default %(default)s)")
+    parser.add_argument("--graphs", type=int, default=400, help="random graphs (default %(default)s)")
+    parser.add_argument(
+        "--size", choices=list(SIZES), default="big", help="of a random graph (default %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=20, help="of each run (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="(default %(default)s)")
     arguments = parser.parse_args()
-    what = f"the graphs of {arguments.data.name}/" if arguments.data else f"{arguments.graphs} random graphs"
+    what = (
+        f"the graphs of {arguments.data.name}/"
+        if arguments.data
+        else f"{arguments.graphs} random graphs ({arguments.size})"
+    )
     print(f"(c) three jobs of {arguments.epochs} epochs, {what}, {os.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        data = arguments.data or write_data_set(Path(folder), arguments.graphs, "real")
+        data = arguments.data or write_data_set(Path(folder), arguments.graphs, arguments.size)
         compare(data.resolve(), arguments.epochs, arguments.repeats)
 
 
