@@ -615,8 +615,8 @@ def test_a_terminal_shows_all_jobs(tmp_path: Path, demo: DemoPaths):
     assert code == 0, text
     lines = words(text)
     assert lines[0] == ["3", "jobs,", "2", "at", "a", "time,", "1", "thread", "each"]
-    running = [line for line in lines if line[:2] == ["a", "running"] and len(line) > 3]
-    assert running[-1][2:6] == SHOWN
+    running = [line for line in lines if line[:2] == ["a", "running"] and line[2:6] == SHOWN]
+    assert running, "the last epoch of the first job was never shown"
     assert running[-1][-1] == "0:01:01"  # one epoch is left
     assert re.fullmatch(r"0:00:\d\d", running[-1][-2])
     assert ["c", "waiting"] in lines
