@@ -22,7 +22,7 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
-from graphs import SIZES, write_data_set
+from graphs import SIZES, data_settings, write_data_set
 from measure import machine, quiet, ratio_line
 from original import Clock, fit
 
@@ -41,15 +41,7 @@ def configuration(data: Path, scratch: Path, epochs: int, precision: int = 32) -
     "The shipped configuration on a data set."
     return load_config(
         "sched_boost_seed222.yaml",
-        {
-            "paths.graph": str(data / "graphs"),
-            "paths.train_labels": str(data / "train.csv"),
-            "paths.val_labels": str(data / "val.csv"),
-            "paths.save_dir": str(scratch / "runs"),
-            "paths.store": str(scratch / "stores"),
-            "trainer.num_epochs": epochs,
-            "trainer.precision": precision,
-        },
+        data_settings(data, scratch) | {"trainer.num_epochs": epochs, "trainer.precision": precision},
     )
 
 

@@ -42,6 +42,17 @@ def write_graphs(folder: Path, count: int, size: str) -> Path:
     return folder
 
 
+def data_settings(data: Path, scratch: Path) -> dict[str, str]:
+    "The overrides that make a run use a data set and keep what it writes in a folder of its own."
+    return {
+        "paths.graph": str(data / "graphs"),
+        "paths.train_labels": str(data / "train.csv"),
+        "paths.val_labels": str(data / "val.csv"),
+        "paths.save_dir": str(scratch / "runs"),
+        "paths.store": str(scratch / "stores"),
+    }
+
+
 def write_data_set(folder: Path, count: int, size: str) -> Path:
     "Graphs with labels; a fifth of the targets is for validation."
     write_graphs(folder / "graphs", count, size)

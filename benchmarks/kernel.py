@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
+from graphs import EDGE_WIDTH, NODE_WIDTH
 from torch.nn import functional
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GATv2Conv
@@ -26,7 +27,6 @@ from topoqa_nb.attention import KERNELS, attend, find_numba, order_edges
 from topoqa_nb.model import TopoQANet, widths
 from topoqa_nb.store import list_graphs, read_graph
 
-NODE_WIDTH, EDGE_WIDTH = 172, 11  # of the synthetic graphs
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 

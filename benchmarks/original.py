@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
+from topoqa_nb.attention import EdgeOrder
 from topoqa_nb.config import Config, load_config
 from topoqa_nb.data import EpochBatches
 from topoqa_nb.hardware import lightning_precision
@@ -82,15 +83,8 @@ class OriginalNet(TopoQANet):
             nodes = layer.attention(nodes, batch.edge_index, edges)
             edges = functional.elu(full_edge_update(layer.edge_update, nodes, batch.edge_index, edges))
             nodes = functional.elu(nodes)
-        order = OrderOfFile(batch.edge_index)
+        order = EdgeOrder("reference", batch.edge_index, ptr=None, rows=None, file_rows=None)
         return self.read_out(*self.pool_states(batch, nodes, edges, order))
-
-
-class OrderOfFile:
-    "Edges as they stand in the files."
-
-    def __init__(self, edge_index: torch.Tensor):
-        self.edge_index = edge_index
 
 
 def full_edge_update(update, nodes, edge_index, edges) -> torch.Tensor:

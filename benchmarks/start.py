@@ -21,21 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 SIDES = ("original", "store", "first run")
 
 
-def settings(data: Path, scratch: Path) -> dict[str, object]:
-    "A step after the first batch."
-    return {
-        "paths.graph": str(data / "graphs"),
-        "paths.train_labels": str(data / "train.csv"),
-        "paths.val_labels": str(data / "val.csv"),
-        "paths.save_dir": str(scratch / "runs"),
-        "paths.store": str(scratch / "stores"),
-        "trainer.accumulate_grad_batches": 1,
-    }
-
-
 def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
     "Train until the first step is done, print how long it took and how long the store and the schema took of it."
     import torch
+    from graphs import data_settings
     from measure import quiet, timed
     from pytorch_lightning import Callback
 
@@ -48,7 +37,10 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
             os._exit(0)
 
     torch.set_num_threads(1)
-    loaded, parts = load_config("sched_boost_seed222.yaml", settings(data, scratch)), []
+    overrides = data_settings(data, scratch) | {
+        "trainer.accumulate_grad_batches": 1
+    }  # a step after each batch
+    loaded, parts = load_config("sched_boost_seed222.yaml", overrides), []
     with quiet():
         if side == "original":
             from original import fit

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from graphs import SIZES, write_data_set
+from graphs import SIZES, data_settings, write_data_set
 from measure import ratio_line, seconds
 
 JOBS = ("sched_boost_seed222", "sched_boost_lr035_seed222", "large_batch_sched_boost_seed222")
@@ -39,17 +39,10 @@ def original(data: Path, folder: Path, epochs: int) -> None:
 
 def ours(data: Path, folder: Path, epochs: int) -> None:
     "One command; it packs the graphs, because nobody has done so before."
-    paths = {
-        "paths.graph": str(data / "graphs"),
-        "paths.train_labels": str(data / "train.csv"),
-        "paths.val_labels": str(data / "val.csv"),
-        "paths.save_dir": str(folder / "runs"),
-        "paths.store": str(folder / "stores"),
-        "trainer.num_epochs": epochs,
-    }
+    overrides = data_settings(data, folder) | {"trainer.num_epochs": epochs}
     jobs = [{"name": job, "config": f"{job}.yaml"} for job in JOBS]
     manifest = folder / "manifest.yaml"
-    manifest.write_text(yaml.safe_dump({"shared": {"overrides": paths}, "jobs": jobs}))
+    manifest.write_text(yaml.safe_dump({"shared": {"overrides": overrides}, "jobs": jobs}))
     topoqa = [sys.executable, "-m", "topoqa_nb.cli", "batch"]
     run([*topoqa, "--manifest", str(manifest), "--jobs", "auto"], threads=1)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Loop', 'TILE', 'TORCH_STEPS', 'LOOPS', 'FAST', 'KERNELS', 'EdgeOrder', 'order_edges', 'in_rows', 'check_node_numbers',
-           'dropout_mask', 'Steps', 'tiles', 'find_onednn', 'processor_vendor', 'multiply', 'add_outer', 'Attention',
-           'attention_scores', 'score_gradients', 'find_numba', 'numba_steps', 'argument_types', 'compile_loop',
-           'on_arrays', 'choose_kernel', 'is_low_precision', 'attend']
+           'dropout_mask', 'Steps', 'tiles', 'find_onednn', 'processor_vendor', 'product_for', 'multiply', 'add_outer',
+           'Attention', 'attention_scores', 'score_gradients', 'find_numba', 'numba_steps', 'argument_types',
+           'compile_loop', 'on_arrays', 'choose_kernel', 'is_low_precision', 'attend']
 
 # %% ../nbs/07_attention.ipynb #07-004
 import math
@@ -194,14 +194,20 @@ def processor_vendor() -> str | None:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), None)
 
 
+def product_for(
+    rows: Tensor,  # [M, J], of a tile of edges
+) -> Callable[..., Tensor] | None:
+    "`find_onednn` for a whole tile in 32 bit; None for what is left to `torch.mm`."
+    return find_onednn() if len(rows) == TILE and rows.dtype == torch.float32 else None
+
+
 def multiply(
     rows: Tensor,  # [M, J], contiguous
     weight: Tensor,  # [L, J]
     out: Tensor,  # [M, L], may be used for the result
 ) -> Tensor:  # [M, L], rows @ weight^T
     "The product of a tile of edges with a weight."
-    is_whole = len(rows) == TILE and rows.dtype == torch.float32
-    onednn = find_onednn() if is_whole else None
+    onednn = product_for(rows)
     return torch.mm(rows, weight.t(), out=out) if onednn is None else onednn(rows, weight)
 
 
@@ -211,8 +217,7 @@ def add_outer(
     q: Tensor,  # [M, L]
 ) -> None:
     "The gradient of a weight from a tile of edges."
-    is_whole = len(rows) == TILE and rows.dtype == torch.float32
-    onednn = find_onednn() if is_whole else None
+    onednn = product_for(rows)
     if onednn is None:
         total.addmm_(rows.t(), q)
     else:

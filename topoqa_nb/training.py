@@ -274,6 +274,9 @@ def check_stated_width(config: Config, schema: FeatureSchema) -> None:
         )  # fmt: skip
 
 # %% ../nbs/16_training.ipynb #16-013
+VALIDATION_BATCH = 64  # graphs at least; where nothing is learnt, large batches only save time
+
+
 def load_model(
     checkpoint: str | Path,  # ours, or in the published layout
 ) -> tuple[TopoQANet, FeatureSchema | None]:
@@ -290,7 +293,7 @@ def load_model(
 def predict(
     model: TopoQANet,
     split: Split,
-    batch_size: int = 64,  # graphs; does not change the result beyond rounding
+    batch_size: int = VALIDATION_BATCH,  # graphs; does not change the result beyond rounding
 ) -> np.ndarray:  # [len(split)] scores, in the order of the split
     "Scores of a split, dropout off."
     loader = make_loader(split, batch_size=batch_size, shuffle=False, seed=0)
@@ -302,7 +305,7 @@ def predict(
 def predict_split(
     checkpoint: str | Path,
     split: Split,
-    batch_size: int = 64,  # graphs
+    batch_size: int = VALIDATION_BATCH,  # graphs
 ) -> np.ndarray:  # [len(split)] scores, in the order of the split
     "Scores that a checkpoint gives to a split. Raises `CheckpointError`, and `SchemaError` for graphs of other widths."
     model, _ = load_model(checkpoint)
@@ -511,9 +514,6 @@ def lineage(parent: Parent | None) -> dict[str, object]:
         "parent_sha256": parent.sha256,
         "parent_score": parent.score,
     }
-
-
-VALIDATION_BATCH = 64  # graphs at least; nothing is learnt there, so large batches only save time
 
 
 def fit(
