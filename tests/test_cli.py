@@ -413,6 +413,8 @@ def test_a_batch_ends_with_its_table_and_a_code(
     words = ["--limit", "2", "--jobs", str(jobs), "--skip-completed", "--output-root", str(tmp_path)]
     assert main(["batch", "--manifest", "run_core.yaml", *words]) == code
     assert given.pop("names") == ["sched_boost_seed222", "sched_boost_lr035_seed222"]
+    server = given.pop("server")  # it was importing meanwhile, and is closed
+    assert server.process is None or server.process.returncode is not None
     assert given == {
         "jobs": jobs,
         "say": print,

@@ -64,9 +64,15 @@ def stand_in(*scripts: str):
     def command(job: Job) -> list[str]:
         started.append(job.name)
         script = scripts[min(len(started), len(scripts)) - 1]
-        return [sys.executable, "-c", STAND_IN, str(job.run.path), script]
+        return ["-c", STAND_IN, str(job.run.path), script]
 
     return command
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    "A stand-in needs no PyTorch."
+    monkeypatch.setattr("topoqa_nb.sweep.PRELOADED", ())
 
 
 def is_alive(pid: int) -> bool:
@@ -272,15 +278,16 @@ def test_threads_follow_the_configuration(tmp_path: Path, demo: DemoPaths, monke
     assert found == [["1", "2", "8"], ["1", "2", "2"]]
 
 
-@pytest.mark.parametrize(("asked", "slots"), [("auto", 3), (1, 1), (2, 2), (9, 4)])
-def test_auto_is_a_process_per_core_and_never_more_than_jobs(
+@pytest.mark.parametrize(("asked", "slots"), [("auto", 4), (1, 1), (2, 2), (9, 4)])
+def test_auto_fills_the_cores_and_is_never_more_than_jobs(
     asked: object, slots: int, tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("topoqa_nb.sweep.available_cores", lambda: 3)
-    assert job_slots(asked, plan(tmp_path, demo, "abcd")) == slots
+    assert job_slots(asked, plan(tmp_path, demo, "abcd")) == slots  # three and one would leave two cores idle
     assert job_slots(asked, plan(tmp_path, demo, "a")) == 1
 
 
+@pytest.mark.usefixtures("light")
 def test_a_process_learns_how_many_share_the_cores_and_its_configuration_stays(
     tmp_path: Path, demo: DemoPaths
 ):
@@ -316,6 +323,7 @@ def other_data(folder: Path, job: Job, damaged: bool) -> Job:
     return replace(job, loaded=load_config(job.loaded.source, job.loaded.overrides | overrides))
 
 
+@pytest.mark.usefixtures("light")
 def test_every_graph_directory_is_packed_once_before_the_first_job(
     tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
 ):
@@ -338,6 +346,7 @@ def test_every_graph_directory_is_packed_once_before_the_first_job(
     assert list((tmp_path / "other" / "store").glob("*/*/header"))
 
 
+@pytest.mark.usefixtures("light")
 def test_a_damaged_graph_ends_a_sweep_before_it_begins(tmp_path: Path, demo: DemoPaths):
     good, job = plan(tmp_path, demo, "ab")
     bad = other_data(tmp_path / "bad", job, damaged=True)
@@ -347,6 +356,7 @@ def test_a_damaged_graph_ends_a_sweep_before_it_begins(tmp_path: Path, demo: Dem
     assert not good.run.path.exists()
 
 
+@pytest.mark.usefixtures("light")
 def test_with_continue_on_error_a_damaged_graph_is_the_failure_of_its_own_jobs(
     tmp_path: Path, demo: DemoPaths
 ):
@@ -360,6 +370,7 @@ def test_with_continue_on_error_a_damaged_graph_is_the_failure_of_its_own_jobs(
     assert not jobs[0].run.path.exists()
 
 
+@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_packing_starts_nothing(
     signum: int, tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
@@ -379,6 +390,7 @@ def test_a_signal_while_packing_starts_nothing(
 # --- running, with stand-ins
 
 
+@pytest.mark.usefixtures("light")
 def test_a_job_that_is_killed_is_failed_and_says_so(tmp_path: Path, demo: DemoPaths):
     killed = "say('running'); os.kill(os.getpid(), signal.SIGKILL)"
     jobs = plan(tmp_path, demo, "ab")
@@ -390,6 +402,7 @@ def test_a_job_that_is_killed_is_failed_and_says_so(tmp_path: Path, demo: DemoPa
     assert read_metadata(jobs[0].run)["status"] == "failed"  # nobody waits for a dead run
 
 
+@pytest.mark.usefixtures("light")
 def test_status_comes_from_the_metadata_and_not_from_the_exit_code(tmp_path: Path, demo: DemoPaths):
     scripts = [
         f"{COMPLETES}; sys.exit(3)",
@@ -408,6 +421,7 @@ def test_status_comes_from_the_metadata_and_not_from_the_exit_code(tmp_path: Pat
     assert result.jobs[3].reason == "why"
 
 
+@pytest.mark.usefixtures("light")
 def test_damaged_metadata_fail_their_own_job_alone(tmp_path: Path, demo: DemoPaths):
     damaged = "say('x'); (run / 'run_metadata.json').write_text('{')"
     result = run_jobs(
@@ -420,6 +434,7 @@ def test_damaged_metadata_fail_their_own_job_alone(tmp_path: Path, demo: DemoPat
     assert "valid JSON" in result.jobs[0].reason
 
 
+@pytest.mark.usefixtures("light")
 @pytest.mark.parametrize(("goes_on", "last"), [(False, "not started"), (True, "completed")])
 def test_continue_on_error(tmp_path: Path, demo: DemoPaths, goes_on: bool, last: str):
     result = run_jobs(
@@ -432,6 +447,7 @@ def test_continue_on_error(tmp_path: Path, demo: DemoPaths, goes_on: bool, last:
     assert not result.completed
 
 
+@pytest.mark.usefixtures("light")
 def test_jobs_run_at_the_same_time_and_never_more_than_asked(tmp_path: Path, demo: DemoPaths):
     marks = tmp_path / "marks"
     marks.mkdir()
@@ -443,6 +459,7 @@ def test_jobs_run_at_the_same_time_and_never_more_than_asked(tmp_path: Path, dem
     assert max(job.best_score for job in result) == 2
 
 
+@pytest.mark.usefixtures("light")
 def test_results_keep_the_order_of_the_manifest(tmp_path: Path, demo: DemoPaths):
     slow_first = stand_in(f"time.sleep(0.5); {COMPLETES}", COMPLETES)
     result = run_jobs(plan(tmp_path, demo, "zab"), jobs=3, command=slow_first, say=lambda line: None)
@@ -453,6 +470,7 @@ def test_results_keep_the_order_of_the_manifest(tmp_path: Path, demo: DemoPaths)
     assert results_table(result).splitlines()[1].split()[:3] == ["z", "completed", "-0.50000"]
 
 
+@pytest.mark.usefixtures("light")
 def test_only_epoch_summaries_are_relayed_even_when_they_come_in_pieces(tmp_path: Path, demo: DemoPaths):
     script = (
         "print('Epoch 000 |  50% | train_loss=1'); print('chatter');"
@@ -464,6 +482,7 @@ def test_only_epoch_summaries_are_relayed_even_when_they_come_in_pieces(tmp_path
     assert [line for line in lines if "Epoch" in line] == ["a | Epoch 000 | train_loss=1 | val_loss=2"]
 
 
+@pytest.mark.usefixtures("light")
 def test_a_taken_name_is_refused_before_anything_starts(tmp_path: Path, demo: DemoPaths):
     jobs = plan(tmp_path, demo, "ab")
     jobs[1].run.path.mkdir(parents=True)
@@ -472,6 +491,7 @@ def test_a_taken_name_is_refused_before_anything_starts(tmp_path: Path, demo: De
     assert not jobs[0].run.path.exists()
 
 
+@pytest.mark.usefixtures("light")
 def test_labels_that_are_missing_are_refused_before_anything_starts(tmp_path: Path, demo: DemoPaths):
     jobs = plan(
         tmp_path, demo, overrides=["paths.graph=nowhere", "paths.train_labels=null", "paths.val_labels=null"]
@@ -481,6 +501,7 @@ def test_labels_that_are_missing_are_refused_before_anything_starts(tmp_path: Pa
     assert not jobs[0].run.path.exists()
 
 
+@pytest.mark.usefixtures("light")
 def test_what_a_dead_job_has_started_does_not_outlive_it(tmp_path: Path, demo: DemoPaths):
     script = (
         "helper = subprocess.Popen(['sleep', '60']); say('running', pid=helper.pid);"
@@ -491,6 +512,7 @@ def test_what_a_dead_job_has_started_does_not_outlive_it(tmp_path: Path, demo: D
     assert not is_alive(read_metadata(jobs[0].run)["pid"])
 
 
+@pytest.mark.usefixtures("light")
 def test_a_job_that_ignores_the_signal_is_killed(
     tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
 ):
@@ -513,6 +535,7 @@ def test_a_job_that_ignores_the_signal_is_killed(
     assert not is_alive(read_metadata(jobs[0].run)["pid"])
 
 
+@pytest.mark.usefixtures("light")
 def test_a_closed_pipe_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths):
     script = "say('running', pid=os.getpid()); print('Epoch 000 | val_loss=1', flush=True); time.sleep(60)"
     jobs = plan(tmp_path, demo)
@@ -527,6 +550,7 @@ def test_a_closed_pipe_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths)
     assert read_metadata(jobs[0].run)["status"] == "interrupted"
 
 
+@pytest.mark.usefixtures("light")
 def test_signal_handlers_are_put_back(tmp_path: Path, demo: DemoPaths):
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     run_jobs(plan(tmp_path, demo), command=stand_in(COMPLETES), say=lambda line: None)
@@ -538,12 +562,13 @@ def test_signal_handlers_are_put_back(tmp_path: Path, demo: DemoPaths):
 # `topoqa batch` whose jobs are stand-ins: the second argument is what they execute.
 BATCH = f"""
 import functools, sys
+import topoqa_nb.cli
 import topoqa_nb.sweep as sweep
-from topoqa_nb.cli import main
+topoqa_nb.cli.PRELOADED = ()  # a stand-in needs no PyTorch
 script = sys.argv.pop(1)
-command = lambda job: [sys.executable, "-c", {STAND_IN!r}, str(job.run.path), script]
+command = lambda job: ["-c", {STAND_IN!r}, str(job.run.path), script]
 sweep.run_jobs = functools.partial(sweep.run_jobs, command=command)
-sys.exit(main())
+sys.exit(topoqa_nb.cli.main())
 """
 # The files of a run after two of three epochs of a minute each.
 TWO_EPOCHS = """
@@ -655,6 +680,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path: Path, demo:
     assert "a | Epoch 001 | train_loss=0.1 | val_loss=0.0712" in text
 
 
+@pytest.mark.usefixtures("light")
 def test_a_table_that_cannot_be_drawn_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths):
     "As when the window is closed: writing to it fails."
     script = "say('running', pid=os.getpid()); time.sleep(60)"

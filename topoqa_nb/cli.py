@@ -6,7 +6,7 @@
 __all__ = ['app', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', 'Jobs', 'RUN_ROOT', 'NOTEBOOK_NAMES', 'Parameter', 'topoqa',
            'exit_code', 'usage_problem', 'values_of', 'joined_pairs', 'main', 'job_count', 'config_command',
            'demo_data_command', 'validate_command', 'env_command', 'run_command', 'resume_command', 'batch_command',
-           'chosen_run', 'summarise_command', 'monitor_command', 'archive_command', 'text_of', 'run_cells',
+           'run_batch', 'chosen_run', 'summarise_command', 'monitor_command', 'archive_command', 'text_of', 'run_cells',
            'config_cells', 'print_table', 'print_tables', 'print_rows', 'leaderboard_command', 'given_parameters',
            'parameter_value', 'pipeline_values', 'run_or_plan', 'print_outcome', 'pipeline_command',
            'fine_tune_command', 'ramdisk_command', 'options_of_pipeline']
@@ -27,7 +27,8 @@ import yaml
 from typer.exceptions import TyperException
 
 from .config import dump_config, load_config
-from .core import ConfigError, TopoqaError, TrainingError, to_json
+from .core import ConfigError, Interrupted, TopoqaError, TrainingError, to_json
+from .processes import PRELOADED, ForkServer, fast_import
 
 # %% ../nbs/23_cli.ipynb #23-006
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -43,10 +44,9 @@ def exit_code(
     arguments: Sequence[str],  # of the command line
 ) -> int:
     "Say what went wrong on stderr, and how the process should end."
-    signum = getattr(problem, "signum", None)  # of `Interrupted`, whose page is too heavy to import here
-    if signum is not None:
+    if isinstance(problem, Interrupted):
         print(f"topoqa: {problem}", file=sys.stderr)
-        return 128 + signum
+        return 128 + problem.signum
     if isinstance(problem, TopoqaError):
         print(f"topoqa: error: {problem}", file=sys.stderr)
         return 1 if isinstance(problem, TrainingError) else 2
@@ -160,7 +160,8 @@ def demo_data_command(
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("demo_data"),
 ) -> None:
     "Write the synthetic demo data set."
-    from topoqa_nb.demo import ensure_demo
+    with fast_import():
+        from topoqa_nb.demo import ensure_demo
 
     paths = ensure_demo(out)
     print(f"Synthetic data, for trying things out: {paths.graph_dir}")
@@ -179,7 +180,8 @@ def validate_command(
     profile: Annotated[bool, typer.Option("--profile", help="Loading times, and the slowest files.")] = False,
 ) -> int:
     "Audit a data set: files, features, names, labels, leaks. Exit code 1 if anything is wrong."
-    from topoqa_nb.audit import UNWRAPPED, as_text, audit, load_profile, profile_text, to_dict
+    with fast_import():
+        from topoqa_nb.audit import UNWRAPPED, as_text, audit, load_profile, profile_text, to_dict
 
     found = audit(graph_dir, labels, target_regex=target_regex)
     times = load_profile(found.graphs) if profile else None
@@ -198,7 +200,8 @@ def env_command(
     format: Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")] = "table",
 ) -> None:
     "Print versions, devices, cores, kernel, and what a configuration would use here."
-    from topoqa_nb.hardware import environment_report, report_text
+    with fast_import():
+        from topoqa_nb.hardware import environment_report, report_text
 
     loaded = load_config(config, override) if config or override else None
     report = environment_report(loaded.config if loaded else None)
@@ -242,7 +245,8 @@ def run_command(
         if value is not None
     ]
     loaded = load_config(config, [*override, *set_flags])
-    from topoqa_nb.training import train
+    with fast_import():
+        from topoqa_nb.training import train
 
     train(
         loaded,
@@ -269,7 +273,8 @@ def resume_command(
 ) -> None:
     "Continue a run in its own directory."
     run = chosen_run(run_id, run_dir, root)
-    from topoqa_nb.training import resume
+    with fast_import():
+        from topoqa_nb.training import resume
 
     resume(run, checkpoint=checkpoint, overrides=override, accept_drift=accept_drift)
 
@@ -288,33 +293,43 @@ def batch_command(
     dry_run: DryRun = False,
 ) -> int:
     "Run every job of a manifest."
-    from topoqa_nb.sweep import (
-        SweepInterrupted,
-        describe_job,
-        listeners,
-        load_manifest,
-        plan_jobs,
-        results_table,
-        run_jobs,
-    )
-
-    content = load_manifest(manifest)
-    planned = plan_jobs(content, overrides=override, output_root=output_root, limit=limit)
     if dry_run:
+        with fast_import():
+            from topoqa_nb.sweep import describe_job, load_manifest, plan_jobs
+
+        planned = plan_jobs(load_manifest(manifest), overrides=override, output_root=output_root, limit=limit)
         print("\n".join(describe_job(job) for job in planned))
         return 0
-    say, watch = listeners()
-    try:
-        result = run_jobs(
-            planned,
-            say=say,
-            watch=watch,
-            jobs=jobs,
-            continue_on_error=content.continue_on_error,
-            skip_completed=skip_completed,
-            executor=executor,
-            name=Path(manifest).stem,
+    with ForkServer(PRELOADED) as server:  # imports at the same time as this process
+        return run_batch(
+            manifest,
+            {"overrides": override, "output_root": output_root, "limit": limit},
+            {"jobs": jobs, "executor": executor, "skip_completed": skip_completed, "server": server},
         )
+
+
+def run_batch(
+    manifest: str,  # a file, or the name of a shipped one
+    plan: Mapping[str, object],  # options of `plan_jobs`
+    options: Mapping[str, object],  # of `run_jobs`
+) -> int:  # exit code
+    "Run a manifest, and print how every job ended."
+    with fast_import():
+        from topoqa_nb.sweep import (
+            SweepInterrupted,
+            listeners,
+            load_manifest,
+            plan_jobs,
+            results_table,
+            run_jobs,
+        )
+
+    content = load_manifest(manifest)
+    planned = plan_jobs(content, **plan)
+    say, watch = listeners()
+    name, tolerant = Path(manifest).stem, content.continue_on_error
+    try:
+        result = run_jobs(planned, say=say, watch=watch, name=name, continue_on_error=tolerant, **options)
     except SweepInterrupted as stop:
         print(results_table(stop.result))
         raise
@@ -524,7 +539,8 @@ def run_or_plan(
     dry_run: bool,  # only print, as JSON, what would run
 ) -> None:
     "Run the pipeline, or show its plan."
-    from topoqa_nb.pipeline import absolute_parameters, pipeline_parameters, plan_pipeline, run_pipeline
+    with fast_import():
+        from topoqa_nb.pipeline import absolute_parameters, pipeline_parameters, plan_pipeline, run_pipeline
 
     if dry_run:
         print(to_json(plan_pipeline(absolute_parameters(pipeline_parameters(values), Path.cwd()))))
@@ -602,7 +618,8 @@ def fine_tune_command(
     "Phase 1 and phase 2 from the best, or a given, checkpoint."
     values = pipeline_values(context)
     start = [values.pop(name, None) for name in ("checkpoint", "run_dir")]
-    from topoqa_nb.pipeline import fine_tune_values
+    with fast_import():
+        from topoqa_nb.pipeline import fine_tune_values
 
     run_or_plan(fine_tune_values(*start, values), dry_run)
 
@@ -635,7 +652,8 @@ def ramdisk_command(
     "Run the pipeline from disk and from memory, and compare."
     settings = {key: value for key, value in context.params.items() if key != "pipeline"}
     values = options_of_pipeline(pipeline)
-    from topoqa_nb.ramdisk import compare, ramdisk_settings, write_report
+    with fast_import():
+        from topoqa_nb.ramdisk import compare, ramdisk_settings, write_report
 
     record = compare(ramdisk_settings(settings), values)
     print("\n".join(record["conclusion"]))

@@ -1,0 +1,236 @@
+"A copy of the fork server behaves as a process that Python itself has started."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from topoqa_nb.core import RunError
+from topoqa_nb.processes import PRELOADED, Forked, ForkServer
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems start plain processes")
+
+# All that a program can see of how it was started, apart from its parent.
+SELF_PORTRAIT = """
+import gc, json, os, signal, sys, threading
+seen = {
+    "argv": sys.argv[1:], "name": __name__, "folder": os.getcwd(), "leads its session": os.getsid(0) == os.getpid(),
+    "environment": {key: value for key, value in os.environ.items() if key != "_"},
+    "stdin": os.readlink("/proc/self/fd/0"), "open": len(os.listdir("/proc/self/fd")),
+    "threads": threading.active_count(), "interrupt": str(signal.getsignal(signal.SIGINT)),
+    "ends": str(signal.getsignal(signal.SIGTERM)), "group": os.getpgid(0) == os.getpid(),
+}
+print(json.dumps(seen))
+print("a word", file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def server():
+    with ForkServer([]) as server:
+        yield server
+
+
+@pytest.fixture(params=["copy", "plain"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    "A server, and what takes its place on other systems."
+    if request.param == "plain":
+        monkeypatch.setattr("topoqa_nb.processes.sys.platform", "darwin")
+    with ForkServer([]) as server:
+        assert (server.process is None) == (request.param == "plain" or sys.platform != "linux")
+        yield server
+
+
+def start(server: ForkServer, folder: Path, code: str, *arguments: str, **environment: str):
+    files = folder / "out", folder / "err"
+    return server.start(["-c", code, *arguments], os.environ | environment, *files)
+
+
+@linux
+def test_a_copy_sees_what_a_plain_process_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = {}
+    for platform in ("linux", "darwin"):
+        monkeypatch.setattr("topoqa_nb.processes.sys.platform", platform)
+        with ForkServer([]) as server:
+            process = start(server, tmp_path, SELF_PORTRAIT, "two words", "ä", COLOUR="red")
+            assert process.wait() == 0, (tmp_path / "err").read_text()
+        seen[platform] = json.loads((tmp_path / "out").read_text())
+        assert (tmp_path / "err").read_text() == "a word\n"
+    assert seen["linux"] == seen["darwin"]
+    assert seen["linux"]["environment"]["COLOUR"] == "red"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("pass", 0),
+        ("import sys; sys.exit(7)", 7),
+        ("import sys; sys.exit('a reason')", 1),
+        ("1 / 0", 1),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+        ("import os; os._exit(5)", 5),
+    ],
+)
+def test_exit_codes(either: ForkServer, code: str, expected: int, tmp_path: Path):
+    process = start(either, tmp_path, code)
+    assert process.wait() == expected
+    assert process.poll() == process.returncode == expected
+
+
+def test_the_last_line_of_an_error_is_pythons(either: ForkServer, tmp_path: Path):
+    start(either, tmp_path, "{}['absent']").wait()
+    assert (tmp_path / "err").read_text().splitlines()[-1] == "KeyError: 'absent'"
+
+
+def test_a_module_is_run_as_the_main_program(
+    either: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "program.py").write_text("import sys; print(__name__, sys.argv)")
+    monkeypatch.chdir(tmp_path)  # as with `python -m`, where one is
+    process = either.start(["-m", "program", "one"], os.environ, tmp_path / "out", tmp_path / "err")
+    assert process.wait() == 0, (tmp_path / "err").read_text()
+    assert (tmp_path / "out").read_text() == f"__main__ ['{tmp_path}/program.py', 'one']\n"
+
+
+def test_what_stood_in_the_files_is_gone(either: ForkServer, tmp_path: Path):
+    (tmp_path / "out").write_text("of before")
+    start(either, tmp_path, "print('now')").wait()
+    assert (tmp_path / "out").read_text() == "now\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_arrives(either: ForkServer, signum: int, tmp_path: Path):
+    code = "import signal, sys, time\n"
+    code += f"signal.signal({int(signum)}, lambda *seen: sys.exit(3))\nprint('ready')\ntime.sleep(60)"
+    process = start(either, tmp_path, code)
+    while not (tmp_path / "out").read_text():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signum)
+    assert process.wait() == 3
+    process.send_signal(signum)  # nobody is there any more
+
+
+def test_a_hundred_processes_end_as_themselves(either: ForkServer, tmp_path: Path):
+    "Answers come in any order; each belongs to its process."
+    processes = []
+    for number in range(100 if either.process else 8):
+        (tmp_path / str(number)).mkdir()
+        code = f"import sys, time; time.sleep({number % 7} / 50); print({number}); sys.exit({number})"
+        processes.append(start(either, tmp_path / str(number), code))
+    assert [process.wait() for process in processes] == list(range(len(processes)))
+    assert all((tmp_path / f"{number}/out").read_text() == f"{number}\n" for number in range(len(processes)))
+
+
+@linux
+def test_two_servers_at_a_time(tmp_path: Path):
+    with ForkServer([]) as one, ForkServer([]) as other:
+        first, second = (
+            start(one, tmp_path, "raise SystemExit(1)"),
+            start(other, tmp_path, "raise SystemExit(2)"),
+        )
+        assert (second.wait(), first.wait()) == (2, 1)
+
+
+@linux
+def test_copies_know_the_modules_and_draw_different_random_numbers(tmp_path: Path):
+    code = "import random, sys, tempfile; print('decimal' in sys.modules, random.random(), tempfile.mktemp())"
+    seen = []
+    with ForkServer(["decimal", "random", "tempfile"]) as server:
+        for _ in range(2):
+            start(server, tmp_path, code).wait()
+            seen.append((tmp_path / "out").read_text().split())
+    assert seen[0][0] == seen[1][0] == "True"
+    assert seen[0][1] != seen[1][1] and seen[0][2] != seen[1][2]
+
+
+@linux
+def test_the_server_may_fork(tmp_path: Path):
+    "One thread, no accelerator: what it has imported leaves a copy nothing to wait for."
+    code = """
+import os, torch
+print(len(os.listdir(f"/proc/{os.getppid()}/task")), torch.cuda.is_initialized(), torch.get_num_threads())
+rows = torch.randn(400, 400)
+print((rows @ rows).shape[0], len(os.listdir("/proc/self/task")))
+"""
+    with ForkServer(PRELOADED) as server:
+        for threads in ("1", "2"):
+            assert start(server, tmp_path, code, OMP_NUM_THREADS=threads).wait() == 0
+            found = (tmp_path / "out").read_text().split()
+            assert found[:4] == ["1", "False", threads, "400"]
+            assert (int(found[4]) > 1) == (threads == "2")
+
+
+@linux
+def test_a_server_that_was_killed_leaves_nobody_behind(server: ForkServer, tmp_path: Path):
+    code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
+    process = start(server, tmp_path, "import time; " + code.replace("input()", "time.sleep(60)"))
+    while not (tmp_path / "out").read_text().endswith("\n"):
+        time.sleep(0.02)
+    helper = int((tmp_path / "out").read_text())
+    server.process.kill()
+    assert process.wait() == -signal.SIGKILL
+    for number in (process.pid, helper):
+        deadline = time.monotonic() + 10
+        while is_running(number):
+            assert time.monotonic() < deadline, number
+            time.sleep(0.02)
+    with pytest.raises(RunError, match="found one that ended with code -9"):
+        start(server, tmp_path, "pass")
+
+
+def is_running(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().split(")")[-1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@linux
+def test_what_cannot_be_imported_is_said(tmp_path: Path):
+    expected = pytest.raises(RunError, match="No module named 'no_such_module'; see whether topoqa env works")
+    with ForkServer(["no_such_module"]) as server, expected:
+        start(server, tmp_path, "pass")
+
+
+@linux
+def test_a_server_is_closed_at_once_while_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "slow_module.py").write_text("import time; time.sleep(60)")
+    monkeypatch.chdir(tmp_path)
+    before = time.monotonic()
+    ForkServer(["slow_module"]).close()
+    assert time.monotonic() - before < 30
+
+
+@linux
+def test_copies_go_on_when_their_owner_is_killed(tmp_path: Path):
+    "As plain processes do; the server itself ends."
+    code = """
+import os, time
+from pathlib import Path
+from topoqa_nb.processes import ForkServer
+server = ForkServer([])
+job = "import time; time.sleep(1); open('done', 'w').write('whole')"
+server.start(["-c", job], os.environ, Path("out"), Path("err"))
+print(server.process.pid, flush=True)
+time.sleep(60)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    number = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 20
+    while is_running(number) or not (tmp_path / "done").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (tmp_path / "done").read_text() == "whole"
+
+
+@linux
+def test_only_a_copy_is_a_copy(server: ForkServer, tmp_path: Path):
+    assert isinstance(start(server, tmp_path, "pass"), Forked)
