@@ -17,6 +17,7 @@ from torch_geometric.nn import GATv2Conv
 from topoqa_nb import attention
 from topoqa_nb.attention import (
     LOOPS,
+    STEP,
     TILE,
     TORCH_STEPS,
     Attention,
@@ -24,6 +25,7 @@ from topoqa_nb.attention import (
     attend,
     choose_kernel,
     compile_loop,
+    filled_up,
     find_numba,
     find_onednn,
     numba_steps,
@@ -154,11 +156,20 @@ def test_the_loops_without_compiling():
     assert_same(bare_attention(steps), bare_attention(TORCH_STEPS), 1e-12)
 
 
-def bare_attention(steps, needs_grad=(True,) * 5, double=False):
+INPUTS = 8  # tensors of `Attention` that may need a gradient
+
+
+def shapes_of(nodes, edge_count, heads, width):
+    "Of the node states, the edge states, and five parameters."
+    projection = [(heads * width, width), (heads * width,)]
+    return [(nodes, width), (edge_count, width), *2 * projection, projection[0], (heads, width)]
+
+
+def bare_attention(steps, needs_grad=(True,) * INPUTS, double=False):
     "`Attention` itself with a mask, on inputs of which some need gradients."
     generator = torch.Generator().manual_seed(4)
     heads, width, nodes, edge_count = 3, 4, 6, 20
-    shapes = [(nodes, heads, width)] * 2 + [(edge_count, width), (heads * width, width), (heads, width)]
+    shapes = shapes_of(nodes, edge_count, heads, width)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     for values, needed in zip(inputs, needs_grad, strict=True):
         values.requires_grad_(needed)
@@ -177,9 +188,9 @@ def steps_of(kernel):
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@pytest.mark.parametrize("missing", range(5))
+@pytest.mark.parametrize("missing", range(INPUTS))
 def test_inputs_that_need_no_gradient(kernel, missing):
-    needs_grad = [place != missing for place in range(5)]
+    needs_grad = [place != missing for place in range(INPUTS)]
     everything = bare_attention(steps_of(kernel))
     del everything[1 + missing]
     for ours, wanted in zip(bare_attention(steps_of(kernel), needs_grad), everything, strict=True):
@@ -189,7 +200,7 @@ def test_inputs_that_need_no_gradient(kernel, missing):
 @pytest.mark.parametrize("kernel", FAST)
 def test_gradients_by_finite_differences(kernel):
     generator = torch.Generator().manual_seed(6)
-    shapes = [(4, 2, 3), (4, 2, 3), (7, 3), (6, 3), (2, 3)]
+    shapes = shapes_of(4, 7, 2, 3)
     inputs = [
         torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes
     ]
@@ -315,7 +326,7 @@ def test_inference_mode(kernel):
         torch.testing.assert_close(attend(case.conv, case.nodes, order.arrange(case.edges), order), wanted)
 
 
-# Whole tiles by oneDNN.
+# Products by oneDNN.
 
 
 @pytest.fixture
@@ -330,7 +341,7 @@ def amd(monkeypatch):
 
 def test_onednn_is_chosen_only_where_it_was_found_faster(amd):
     assert find_onednn() is not None, (
-        "this version of PyTorch lacks it: whole tiles are slower on AMD processors"
+        "this version of PyTorch lacks it: products are slower on AMD processors"
     )
     for change in (("processor_vendor", lambda: "GenuineIntel"), ("processor_vendor", lambda: None)):
         find_onednn.cache_clear()
@@ -344,13 +355,37 @@ def test_a_pytorch_without_onednn(amd):
 
 
 @pytest.mark.parametrize("kernel", FAST)
-def test_whole_tiles_give_the_same_by_either_product(kernel, amd):
-    sizes = {"nodes": 60, "pairs": 2 * TILE + 300, "heads": 8, "width": 32, "dtype": torch.float32}
+@pytest.mark.parametrize("nodes", [60, STEP - 1, STEP, STEP + 1, 300])
+@pytest.mark.parametrize("edges", [0, 50, STEP, TILE, TILE + 1, TILE + STEP, 2 * TILE + 300])
+def test_either_product_gives_the_same(kernel, nodes, edges, amd):
+    "Rows are filled up with zeros for oneDNN; nothing of them may show, whatever the memory held before."
+    sizes = {"nodes": nodes, "pairs": edges, "heads": 8, "width": 32, "dtype": torch.float32}
     assert find_onednn() is not None
     by_onednn = outcome(make_case(**sizes), kernel)
     amd.setattr(attention, "find_onednn", lambda: None)
     for found, wanted in zip(by_onednn, outcome(make_case(**sizes), kernel), strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+@pytest.fixture
+def dirty_memory():
+    "New memory is full of NaN, so that reading it shows."
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kernel", FAST)
+def test_no_row_is_read_before_it_is_written(kernel, amd, dirty_memory):
+    case = make_case(nodes=STEP + 3, pairs=TILE + STEP + 5, heads=8, width=32, dtype=torch.float32)
+    assert all(values.isfinite().all() for values in outcome(case, kernel))
+
+
+def test_single_graphs_are_left_to_mkl(amd):
+    assert filled_up(STEP - 1, torch.float32) == STEP - 1
+    assert filled_up(STEP + 1, torch.float32) == 2 * STEP
+    assert filled_up(STEP + 1, torch.float64) == STEP + 1
 
 
 # The choice.
