@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from topoqa_nb.hardware import (
     device_notes,
     device_of,
     environment_report,
+    keep_freed_memory,
     lightning_precision,
     report_text,
     thread_count,
@@ -298,3 +300,48 @@ def test_a_forced_kernel_is_reported_and_must_fit(machine, monkeypatch):
     monkeypatch.setenv("TOPOQA_KERNEL", "nunba")
     with pytest.raises(ConfigError, match="did you mean numba"):
         check_device(TrainerConfig())
+
+
+# --- memory
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from topoqa_nb.hardware import keep_freed_memory
+told = keep_freed_memory() if sys.argv[1] == "keep" else None
+def faults():
+    for _ in range(10):
+        states = [torch.ones(14_000, 32 * width) for width in (1, 8, 2, 8, 1)]
+        del states
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(told, -faults() + faults(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator of GNU/Linux")
+def test_freed_memory_is_used_again():
+    found = {}
+    for word in ("leave", "keep"):
+        command = [sys.executable, "-c", PAGE_FAULTS, word]
+        words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        found[word] = int(words[1])
+        assert words[0] == ("True" if word == "keep" else "None")
+    assert found["keep"] < 100 < found["leave"]
+
+
+def test_the_users_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch):
+    told = []
+    library = SimpleNamespace(mallopt=lambda *values: told.append(values) or 1)
+    monkeypatch.setattr("topoqa_nb.hardware.ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr("topoqa_nb.hardware.sys.platform", "linux")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    assert keep_freed_memory()
+    assert told == [(-3, 32 * 2**20)]
+
+
+@pytest.mark.parametrize("system", ["linux", "darwin"])
+def test_other_allocators_are_left_alone(system: str, monkeypatch: pytest.MonkeyPatch):
+    "As musl, whose library has no such function."
+    monkeypatch.setattr("topoqa_nb.hardware.ctypes.CDLL", lambda name: SimpleNamespace())
+    monkeypatch.setattr("topoqa_nb.hardware.sys.platform", system)
+    assert not keep_freed_memory()

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['PARALLEL_VARIABLE', 'FALLBACK', 'PACKAGES', 'available_cores', 'jobs_at_a_time', 'thread_count', 'torch_threads',
-           'is_present', 'device_of', 'check_device', 'kernel_of', 'device_notes', 'lightning_precision',
-           'package_versions', 'device_name', 'environment_report', 'configured_use', 'report_text']
+           'keep_freed_memory', 'is_present', 'device_of', 'check_device', 'kernel_of', 'device_notes',
+           'lightning_precision', 'package_versions', 'device_name', 'environment_report', 'configured_use',
+           'report_text']
 
 # %% ../nbs/11_hardware.ipynb #11-003
+import ctypes
 import importlib.metadata
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,6 +101,21 @@ def torch_threads(
         torch.set_num_threads(before)
 
 # %% ../nbs/11_hardware.ipynb #11-015
+_MALLOC = {  # variable of glibc -> number of the option, bytes
+    "MALLOC_TRIM_THRESHOLD_": (-1, 256 * 2**20),  # kept when freed
+    "MALLOC_MMAP_THRESHOLD_": (-3, 32 * 2**20),  # larger blocks are given back at once
+}
+
+
+def keep_freed_memory() -> bool:  # whether the allocator could be told
+    "Keep the memory that a step has freed for the next one, as long as this process lives."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    wanted = [values for variable, values in _MALLOC.items() if variable not in os.environ]
+    return all(mallopt(option, size) == 1 for option, size in wanted)
+
+# %% ../nbs/11_hardware.ipynb #11-018
 _CHOICES = {  # trainer.accelerator -> devices, in the order in which they are tried
     "cpu": ("cpu",),
     "cuda": ("cuda",),
@@ -156,7 +174,7 @@ def _why_absent(device: str) -> str:
         return "a torch build without MPS"
     return "no Apple GPU that torch can use (it needs Apple silicon and macOS 13 or newer)"
 
-# %% ../nbs/11_hardware.ipynb #11-019
+# %% ../nbs/11_hardware.ipynb #11-022
 def check_device(
     trainer: TrainerConfig,
 ) -> None:
@@ -187,7 +205,7 @@ def kernel_of(
     "The attention kernel that a run with this configuration uses. Raises `ConfigError` as `choose_kernel` does."
     return choose_kernel(device_of(trainer), low_precision=trainer.precision not in (32, 64))
 
-# %% ../nbs/11_hardware.ipynb #11-023
+# %% ../nbs/11_hardware.ipynb #11-026
 FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
 
 
@@ -206,14 +224,14 @@ def device_notes(
         notes.append(f"precision {trainer.precision} was not tried on MPS; 32 is the safe choice")
     return notes
 
-# %% ../nbs/11_hardware.ipynb #11-026
+# %% ../nbs/11_hardware.ipynb #11-029
 def lightning_precision(
     precision: int | str,  # trainer.precision: 32, 64, 16-mixed or bf16-mixed
 ) -> str:
     "The name that Lightning's `Trainer` has for a precision."
     return f"{precision}-true" if precision in (32, 64) else str(precision)
 
-# %% ../nbs/11_hardware.ipynb #11-029
+# %% ../nbs/11_hardware.ipynb #11-032
 PACKAGES = (
     "topoqa_nb",
     "torch",
@@ -274,7 +292,7 @@ def environment_report(
         "config": None if config is None else configured_use(config),
     }
 
-# %% ../nbs/11_hardware.ipynb #11-030
+# %% ../nbs/11_hardware.ipynb #11-033
 def configured_use(
     config: Config,
 ) -> dict[str, object]:  # plain types
@@ -302,7 +320,7 @@ def configured_use(
     found = {"runs_here": True, "problem": None, "device": device, "device_name": device_name(device)}
     return {**found, "kernel": kernel_of(trainer), **use, "notes": device_notes(trainer)}
 
-# %% ../nbs/11_hardware.ipynb #11-033
+# %% ../nbs/11_hardware.ipynb #11-036
 def report_text(
     report: dict[str, object],  # from `environment_report`
 ) -> str:  # several lines

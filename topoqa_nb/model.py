@@ -69,7 +69,10 @@ def edge_encoder_module(
         )
     normalise = [nn.LayerNorm(hidden_dim)] if use_layer_norm else []
     return nn.Sequential(
-        nn.Linear(edge_width, hidden_dim), *normalise, nn.ReLU(), nn.Linear(hidden_dim, hidden_dim)
+        nn.Linear(edge_width, hidden_dim),
+        *normalise,
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden_dim, hidden_dim),
     )
 
 # %% ../nbs/08_model.ipynb #08-015
@@ -94,9 +97,9 @@ class EdgeUpdate(nn.Linear):
         weight = self.weight.unflatten(0, (self.heads, -1)).mean(0)
         bias = self.bias.unflatten(0, (self.heads, -1)).mean(0)
         first, second, own = weight.chunk(3, dim=1)
-        from_first = functional.linear(nodes, first).index_select(0, edge_index[0])
-        from_second = functional.linear(nodes, second).index_select(0, edge_index[1])
-        return from_first + from_second + functional.linear(edges, own, bias)
+        states = functional.linear(nodes, first, bias).index_select(0, edge_index[0])
+        states += functional.linear(nodes, second).index_select(0, edge_index[1])
+        return torch.addmm(states, edges, own.t())
 
 # %% ../nbs/08_model.ipynb #08-019
 class InterfaceLayer(nn.Module):
@@ -130,7 +133,7 @@ class InterfaceLayer(nn.Module):
         "The new node and edge states."
         nodes = attend(self.attention, nodes, edges, order)
         edges = self.edge_update(nodes, order.edge_index, edges)
-        return functional.elu(nodes), functional.elu(edges)
+        return functional.elu(nodes), functional.elu_(edges)
 
 # %% ../nbs/08_model.ipynb #08-023
 POOLING = {"mean": global_mean_pool, "add": global_add_pool, "max": global_max_pool}

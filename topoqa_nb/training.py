@@ -75,6 +75,7 @@ from topoqa_nb.hardware import (
     check_device,
     device_notes,
     device_of,
+    keep_freed_memory,
     kernel_of,
     lightning_precision,
     thread_count,
@@ -525,6 +526,7 @@ def fit(
     first_epoch: int = 0,  # what a resumed run starts with
 ) -> None:
     "Train; every seed is set here, so what happened before does not matter."
+    keep_freed_memory()
     torch.manual_seed(config.dataloader.seed)
     model = parent.model if parent else build_model(data.schema, config.model)
     torch.manual_seed(config.dataloader.seed)
