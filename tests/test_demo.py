@@ -303,7 +303,7 @@ def test_the_slower_of_two_processes_takes_the_set_of_the_faster(demo, tmp_path,
 
 
 def test_a_set_that_appeared_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(OSError), demo_module._atomic_directory(tmp_path / "demo") as temporary:
+    with pytest.raises(OSError), demo_module._new_set(tmp_path / "demo") as temporary:
         (temporary / "train.csv").write_text("slower")
         (tmp_path / "demo").mkdir()
         (tmp_path / "demo" / "train.csv").write_text("faster")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TopoqaError', 'ConfigError', 'DataError', 'SchemaError', 'CheckpointError', 'RunError', 'TrainingError',
-           'Interrupted', 'nearest', 'did_you_mean', 'atomic_path', 'write_text', 'plain', 'to_json', 'write_json',
-           'read_json', 'replace_link', 'sha256_file', 'sha256_json', 'now']
+           'Interrupted', 'nearest', 'did_you_mean', 'atomic_path', 'write_text', 'atomic_directory', 'plain',
+           'to_json', 'write_json', 'read_json', 'replace_link', 'sha256_file', 'sha256_json', 'now']
 
 # %% ../nbs/00_core.ipynb #00-003
 import difflib
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,22 @@ def write_text(
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+@contextmanager
+def atomic_directory(
+    path: str | Path,  # the directory that should appear; there may be an empty one
+) -> Iterator[Path]:  # a temporary directory beside it, to be filled by the caller
+    "Whatever is written to the yielded directory becomes `path` in one step, or leaves no trace."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #00-024
 def plain(

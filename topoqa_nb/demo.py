@@ -8,10 +8,8 @@ __all__ = ['LATTICE', 'AMINO_ACIDS', 'CUTOFF', 'CONTACT', 'DemoPaths', 'tiny_gra
            'interface_graph', 'write_demo', 'ensure_demo']
 
 # %% ../nbs/04_demo.ipynb #04-003
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -23,7 +21,7 @@ from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 from torch_geometric.data import Data
 
-from .core import DataError, write_json, write_text
+from .core import DataError, atomic_directory, write_json, write_text
 from .schema import topoqa_node_columns
 
 # %% ../nbs/04_demo.ipynb #04-006
@@ -42,22 +40,13 @@ def _paths(root: Path) -> DemoPaths:
     return DemoPaths(root, root / "graph_data", root / "train.csv", root / "val.csv")
 
 # %% ../nbs/04_demo.ipynb #04-008
-@contextmanager
-def _atomic_directory(
+def _new_set(
     folder: Path,  # the directory that should appear; may exist when it is empty
-) -> Iterator[Path]:  # a temporary directory beside it, to be filled by the caller
-    "Whatever is written to the yielded directory becomes `folder` in one step, or leaves no trace."
+) -> AbstractContextManager[Path]:  # `atomic_directory`
+    "A place for a data set. Raises `DataError` when there is something."
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(folder, "a folder that is new or empty", "something else", "name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return atomic_directory(folder)
 
 # %% ../nbs/04_demo.ipynb #04-011
 def _write_labels(
@@ -119,7 +108,7 @@ def write_tiny_dataset(
     "Write a data set of tiny graphs. Raises `DataError` when `folder` holds something."
     _check_size(targets, decoys)
     graphs = tiny_graphs(targets * decoys, node_width=node_width, edge_width=edge_width, seed=seed)
-    with _atomic_directory(Path(folder)) as temporary:
+    with _new_set(Path(folder)) as temporary:
         paths, labels = _paths(temporary), {}
         for position, graph in enumerate(graphs):
             target = f"TINY{position // decoys + 1:02}"
@@ -601,7 +590,7 @@ def write_demo(
 ) -> DemoPaths:  # where everything lies
     "Write the demo set, whole or not at all. Raises `DataError` when `out` holds something."
     _check_size(targets, decoys)
-    with _atomic_directory(Path(out)) as temporary:
+    with _new_set(Path(out)) as temporary:
         paths, labels, sidecar = _paths(temporary), {}, {"_builder": _builder()}
         for number in range(targets):
             target = f"DEMO{number + 1:02}"

@@ -15,7 +15,6 @@ import math
 import os
 import platform
 import shlex
-import shutil
 import socket
 import statistics
 import subprocess
@@ -37,6 +36,7 @@ from topoqa_nb.core import (
     CheckpointError,
     RunError,
     TopoqaError,
+    atomic_directory,
     did_you_mean,
     nearest,
     now,
@@ -277,17 +277,13 @@ def create_run(
 
 @contextmanager
 def _new_directory(path: Path) -> Iterator[Path]:
-    "A hidden directory that becomes `path` in one step, or leaves no trace."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    "`atomic_directory` for a run."
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        temporary.rename(path)
+        with atomic_directory(path) as temporary:
+            yield temporary
     except OSError as problem:
         fix = "choose another run name or paths.save_dir"
         raise RunError(path, "a new run directory", problem.strerror or str(problem), fix) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_configuration(run: RunDirectory, loaded: LoadedConfig, config: Config) -> None:
