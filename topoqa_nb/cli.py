@@ -130,13 +130,13 @@ def job_count(
     if text == "auto":
         return text
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise typer.BadParameter("expected a number from 1, or auto for one process per core")
+        raise typer.BadParameter("expected a number from 1, or auto to fill the cores")
     return int(text)
 
 
 Jobs = Annotated[
     object,  # int or auto
-    typer.Option("--jobs", parser=job_count, metavar="N|auto", help="Runs at a time; auto: one per core."),
+    typer.Option("--jobs", parser=job_count, metavar="N|auto", help="Runs at a time; auto: fills the cores."),
 ]
 RUN_ROOT = Path("training_runs")
 

@@ -850,7 +850,7 @@ class SweepInterrupted(Interrupted):
 def run_jobs(
     planned: Sequence[Job],  # from `plan_jobs`
     *,
-    jobs: int | Literal["auto"] = 1,  # processes at a time; auto: one per core, see `job_slots`
+    jobs: int | Literal["auto"] = 1,  # processes at a time; auto: fills the cores, see `job_slots`
     continue_on_error: bool = False,  # start the remaining jobs after one has failed
     skip_completed: bool = False,  # do not repeat a job that an earlier run completed on the same data
     executor: Literal["local", "ray"] = "local",  # where processes are started
