@@ -296,7 +296,7 @@ def test_failures_of_a_training_and_surprises_exit_with_1(monkeypatch: pytest.Mo
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_ctrl_c_before_a_training_began_is_130(monkeypatch: pytest.MonkeyPatch):
+def test_ctrl_c_before_a_training_began_is_130(monkeypatch: pytest.MonkeyPatch, capsys):
     import topoqa_nb.training
 
     def interrupt(*arguments: object, **options: object) -> None:
@@ -304,6 +304,7 @@ def test_ctrl_c_before_a_training_began_is_130(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(topoqa_nb.training, "train", interrupt)
     assert main(["run", "--config", "config.yaml"]) == 130
+    assert capsys.readouterr().err == "topoqa: stopped by SIGINT\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error():

@@ -16,6 +16,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ import typer
 import yaml
 from typer.exceptions import TyperException
 
-from .config import dump_config, load_config
+from .config import dump_config, find_file, load_config
 from .core import ConfigError, Interrupted, TopoqaError, TrainingError, to_json
 from .processes import PRELOADED, ForkServer, fast_import
 
@@ -106,6 +107,8 @@ def main(
     try:
         code = app(args=arguments, prog_name="topoqa", standalone_mode=False)
         sys.stdout.flush()
+        if code == 128 + signal.SIGINT:  # Ctrl-C before anything began; Typer keeps silent about it
+            raise Interrupted(signal.SIGINT)
         return code or 0
     except BaseException as problem:
         if isinstance(problem, SystemExit):
@@ -293,6 +296,7 @@ def batch_command(
     dry_run: DryRun = False,
 ) -> int:
     "Run every job of a manifest."
+    find_file(manifest, "manifests", [Path.cwd()])  # a mistake is said before PyTorch is imported
     if dry_run:
         with fast_import():
             from topoqa_nb.sweep import describe_job, load_manifest, plan_jobs
