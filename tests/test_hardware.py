@@ -342,6 +342,11 @@ def test_the_users_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch):
     assert told == [(-3, 32 * 2**20)]
 
 
+def test_so_do_the_tunables(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=1000000")
+    assert not keep_freed_memory()
+
+
 @pytest.mark.parametrize("system", ["linux", "darwin"])
 def test_other_allocators_are_left_alone(system: str, monkeypatch: pytest.MonkeyPatch):
     "As musl, whose library has no such function."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -139,14 +140,19 @@ def test_two_servers_at_a_time(tmp_path: Path):
 
 @linux
 def test_copies_know_the_modules_and_draw_different_random_numbers(tmp_path: Path):
-    code = "import random, sys, tempfile; print('decimal' in sys.modules, random.random(), tempfile.mktemp())"
+    code = """
+import os, random, sys, tempfile
+known = "topoqa_nb.training" in sys.modules, os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
+import numpy, torch
+print(*known, random.random(), tempfile.mktemp(), numpy.random.random(), torch.rand(1).item(), torch.initial_seed())
+"""
     seen = []
-    with ForkServer(["decimal", "random", "tempfile"]) as server:
+    with ForkServer(PRELOADED) as server:
         for _ in range(2):
-            start(server, tmp_path, code).wait()
+            assert start(server, tmp_path, code).wait() == 0, (tmp_path / "err").read_text()
             seen.append((tmp_path / "out").read_text().split())
-    assert seen[0][0] == seen[1][0] == "True"
-    assert seen[0][1] != seen[1][1] and seen[0][2] != seen[1][2]
+    assert seen[0][:2] == seen[1][:2] == ["True", "1"]  # the second was set by an import
+    assert all(one != other for one, other in zip(seen[0][2:], seen[1][2:], strict=True))
 
 
 @linux
@@ -154,7 +160,8 @@ def test_the_server_may_fork(tmp_path: Path):
     "One thread, no accelerator: what it has imported leaves a copy nothing to wait for."
     code = """
 import os, torch
-print(len(os.listdir(f"/proc/{os.getppid()}/task")), torch.cuda.is_initialized(), torch.get_num_threads())
+bad = torch._C._cuda_isInBadFork() if torch.backends.cuda.is_built() else False
+print(len(os.listdir(f"/proc/{os.getppid()}/task")), bad, torch.get_num_threads())
 rows = torch.randn(400, 400)
 print((rows @ rows).shape[0], len(os.listdir("/proc/self/task")))
 """
@@ -176,12 +183,97 @@ def test_a_server_that_was_killed_leaves_nobody_behind(server: ForkServer, tmp_p
     server.process.kill()
     assert process.wait() == -signal.SIGKILL
     for number in (process.pid, helper):
-        deadline = time.monotonic() + 10
-        while is_running(number):
-            assert time.monotonic() < deadline, number
-            time.sleep(0.02)
-    with pytest.raises(RunError, match="found one that ended with code -9"):
-        start(server, tmp_path, "pass")
+        until(lambda number=number: not is_running(number))
+    assert start(server, tmp_path, "raise SystemExit(4)").wait() == 4  # by a new server
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@linux
+def test_a_copy_that_has_only_just_begun_is_not_left_behind_either(tmp_path: Path):
+    for _ in range(15):
+        with ForkServer([]) as server:
+            process = start(server, tmp_path, "import time; time.sleep(60)")
+            server.process.kill()
+            assert process.wait() == -signal.SIGKILL
+            until(lambda number=process.pid: not is_running(number))
+
+
+@linux
+def test_a_signal_to_every_process_leaves_the_copies_their_time(server: ForkServer, tmp_path: Path):
+    "As when a job system stops a job."
+    code = "import signal, sys, time\n"
+    code += "def stop(*_): time.sleep(0.5); print('last words'); sys.exit(3)\n"
+    code += "signal.signal(signal.SIGTERM, stop); print('ready', flush=True); time.sleep(60)"
+    process = start(server, tmp_path, code)
+    until(lambda: (tmp_path / "out").read_text())
+    for number in (server.process.pid, process.pid):
+        os.kill(number, signal.SIGTERM)
+    assert process.wait() == 3
+    assert (tmp_path / "out").read_text() == "ready\nlast words\n"
+    assert start(server, tmp_path, "pass").wait() == 0
+
+
+@linux
+def test_a_long_request_survives_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    "A pipe holds 64 KB; a signal that is only noted cuts the writing of more than that short."
+    (tmp_path / "slow.py").write_text("import time; time.sleep(1.5)")
+    monkeypatch.chdir(tmp_path)
+    noted = []
+    before = signal.signal(signal.SIGALRM, lambda *_: noted.append(True))
+    try:
+        with ForkServer(["slow"]) as server:
+            server.is_ready = lambda: True  # so that it is asked while it imports
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            long = {"LONG": "x" * 100_000}
+            files = tmp_path / "out", tmp_path / "err"
+            process = server.start(
+                ["-c", "import os; print(len(os.environ['LONG']))"], os.environ | long, *files
+            )
+            assert process.wait() == 0
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert noted and (tmp_path / "out").read_text() == "100000\n"
+
+
+@linux
+def test_many_open_files_are_no_obstacle(tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("no more than that may be opened here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with ForkServer([]) as server:
+            assert start(server, tmp_path, "pass").wait() == 0
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@linux
+def test_a_process_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path):
+    code = """
+import os, resource
+from pathlib import Path
+from topoqa_nb.core import RunError
+from topoqa_nb.processes import ForkServer
+with ForkServer(["no_more_processes"]) as server:
+    try:
+        server.start(["-c", "pass"], os.environ, Path("out"), Path("err"))
+    except RunError as problem:
+        print(problem)
+"""
+    module = "import os\ndef none_left(): raise OSError(11, 'Resource temporarily unavailable')\nos.fork = none_left"
+    (tmp_path / "no_more_processes.py").write_text(module)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "found Resource temporarily unavailable; run fewer jobs at a time" in done.stdout, done.stderr
 
 
 def is_running(number: int) -> bool:

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -25,6 +26,7 @@ from topoqa_nb.config import load_config
 from topoqa_nb.core import CheckpointError, ConfigError, DataError, RunError, write_json
 from topoqa_nb.demo import DemoPaths, write_tiny_dataset
 from topoqa_nb.hardware import available_cores
+from topoqa_nb.processes import ForkServer
 from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics
 from topoqa_nb.store import open_store
 from topoqa_nb.sweep import (
@@ -694,6 +696,38 @@ def test_a_table_that_cannot_be_drawn_leaves_no_process_behind(tmp_path: Path, d
         run_jobs(jobs, command=stand_in(script), say=lambda line: None, watch=nullcontext(closed))
     assert not is_alive(read_metadata(jobs[0].run)["pid"])
     assert read_metadata(jobs[0].run)["status"] == "interrupted"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start plain processes")
+def test_the_death_of_the_fork_server_is_that_of_the_jobs_that_run(tmp_path: Path, demo: DemoPaths):
+    "The others go on, with a new server."
+    script = "say('running', pid=os.getpid()); time.sleep(60)"
+    jobs = plan(tmp_path, demo, "abc")
+
+    def kill_the_server(line: str) -> None:
+        if line.startswith("b | started"):
+            server.process.kill()
+
+    with ForkServer([]) as server:
+        result = run_jobs(
+            jobs,
+            command=stand_in(COMPLETES, script, COMPLETES),
+            continue_on_error=True,
+            say=kill_the_server,
+            server=server,
+        )
+    assert [job.status for job in result] == ["completed", "failed", "completed"]
+    assert result.jobs[1].reason == "killed by SIGKILL (out of memory?)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start plain processes")
+def test_a_sweep_can_be_stopped_while_the_server_imports(tmp_path: Path, demo: DemoPaths, monkeypatch):
+    (tmp_path / "endless_module.py").write_text("import time; time.sleep(600)")
+    monkeypatch.chdir(tmp_path)
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with ForkServer(["endless_module"]) as server, pytest.raises(SweepInterrupted) as stopped:
+        run_jobs(plan(tmp_path, demo), command=stand_in(COMPLETES), say=lambda line: None, server=server)
+    assert [job.status for job in stopped.value.result] == ["not started"]
 
 
 # --- real trainings

@@ -110,7 +110,7 @@ _MALLOC = {  # variable of glibc -> number of the option, bytes
 def keep_freed_memory() -> bool:  # whether the allocator could be told
     "Keep the memory that a step has freed for the next one, as long as this process lives."
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
+    if mallopt is None or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     wanted = [values for variable, values in _MALLOC.items() if variable not in os.environ]
     return all(mallopt(option, size) == 1 for option, size in wanted)

@@ -45,6 +45,7 @@ def interpret(
     option, program, *rest = arguments
     sys.argv = [option, *rest]
     if option == "-m":
+        sys.path[0] = str(Path.cwd())
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
@@ -66,8 +67,11 @@ def become(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if (torch := sys.modules.get("torch")) and "OMP_NUM_THREADS" in environment:
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
+    if torch := sys.modules.get("torch"):
+        torch.seed()
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", torch.get_num_threads())))
     interpret(arguments)
 
 # %% ../nbs/17_processes.ipynb #17-011
@@ -80,20 +84,31 @@ def serve(
     "Import once, then make a copy for each request, until there will be no more of them."
     answers = os.dup(1)
     os.dup2(2, 1)  # what a module prints while it is imported is no answer
+    handlers = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = dict(os.environ)
     with fast_import():  # what is not looked at stays shared, too
         for module in modules:
             importlib.import_module(module)
+    by_imports = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    _answer(answers, ready=True)
     running: set[int] = set()
     while True:
         asked = select.select([0], [], [], REAP_SECONDS if running else None)[0]
         if asked:
             request = _line(0)
-            if not request:
+            if not request.endswith(b"\n"):  # the sweep is gone
                 return
-            number = os.fork()
+            try:
+                number = os.fork()
+            except OSError as problem:  # no memory, or too many processes
+                _answer(answers, refused=problem.strerror)
+                continue
             if number == 0:
                 os.close(answers)
-                become(**json.loads(request))
+                for each, handler in handlers.items():
+                    signal.signal(each, handler)
+                asked_for = json.loads(request)
+                become(**asked_for | {"environment": by_imports | asked_for["environment"]})
                 return
             running.add(number)
             _answer(answers, started=number)
@@ -103,14 +118,14 @@ def serve(
 
 
 def _line(descriptor: int) -> bytes:
-    "One line, nothing of the next; empty when no more will come."
+    "One line, which is all that comes before it is answered; without an end when no more will come."
     line = b""
-    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
-        line += byte
+    while not line.endswith(b"\n") and (piece := os.read(descriptor, 65536)):
+        line += piece
     return line
 
 
-def _answer(descriptor: int, **content: int) -> None:
+def _answer(descriptor: int, **content: int | str) -> None:
     os.write(descriptor, json.dumps(content).encode() + b"\n")
 
 
@@ -160,18 +175,33 @@ class ForkServer:
         self,
         modules: Sequence[str],  # imported before the first process is made
     ):
+        self.modules = list(modules)
         self.running: dict[int, Forked] = {}
-        self.answered: int | None = None  # the process that was made last
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
-        if sys.platform != "linux":
-            self.process = None
-            return
-        code = f"from topoqa_nb.processes import serve; serve({list(modules)!r})"
+        self.process: subprocess.Popen | None = None  # None: plain processes
+        if sys.platform == "linux":
+            self.launch()
+
+    def launch(self) -> None:
+        "Start the server, which begins to import."
+        code = f"from topoqa_nb.processes import serve; serve({self.modules!r})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, bufsize=0,
             env=os.environ | ONE_THREAD | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
         )  # fmt: skip
+        self.ready, self.answer = False, {}
+
+    def is_ready(self) -> bool:
+        "Whether a process could be made at once; after a server that is gone, a new one begins. Raises `RunError`."
+        if self.process is None:
+            return True
+        if not self.listen():
+            if not self.ready:
+                raise self.refusal(self.last_words(), "see whether topoqa env works")
+            self.close_pipes()
+            self.launch()
+        return self.ready
 
     def start(
         self,
@@ -180,48 +210,74 @@ class ForkServer:
         output: Path,  # for standard output; emptied
         errors: Path,  # for standard error; emptied
     ) -> subprocess.Popen | Forked:
-        "Start a process in a session of its own. Raises `RunError` when the server is gone."
+        "Start a process in a session of its own, as soon as the server is ready. Raises `RunError` when it cannot be."
         with output.open("wb") as out, errors.open("wb") as err:
             if self.process is None:
                 return subprocess.Popen(
                     [sys.executable, *arguments], env=environment, start_new_session=True,
                     stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                 )  # fmt: skip
+        while not self.is_ready():
+            self.listen(wait=True)
         request = {"arguments": list(arguments), "environment": dict(environment), "folder": str(Path.cwd())}
-        request |= {"output": str(output.absolute()), "errors": str(errors.absolute())}
-        self.answered = None
+        self.ask(request | {"output": str(output.absolute()), "errors": str(errors.absolute())})
+        if "refused" in self.answer:
+            raise self.refusal(self.answer["refused"], "run fewer jobs at a time")
+        return self.running[self.answer["started"]]
+
+    def ask(
+        self,
+        request: Mapping[str, object],  # arguments of `become`
+    ) -> None:
+        "Send a request and wait for what comes of it. Raises `RunError` when the server is gone."
+        self.answer, rest = {}, json.dumps(request).encode() + b"\n"
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        while self.answered is None:
+            while rest:  # a signal may cut a long request short
+                rest = rest[self.process.stdin.write(rest) :]
+        while not self.answer:
             if not self.listen(wait=True):
-                where, fix = "the process that starts trainings", "see whether topoqa env works"
-                raise RunError(where, "one that runs", self.last_words(), fix)
-        return self.running[self.answered]
+                raise self.refusal(self.last_words(), "look for a lack of memory")
+
+    def refusal(self, found: str, fix: str) -> RunError:
+        "Why there is no process, in one line."
+        return RunError("the process that starts trainings", "one that starts them", found, fix)
 
     def listen(
         self,
         wait: bool = False,  # for an answer
     ) -> bool:  # whether the server is there
         "Take note of what the server has answered."
-        while select.select([self.process.stdout], [], [], None if wait else 0)[0]:
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        while poll.poll(None if wait else 0):
             line = self.process.stdout.readline()
             if not line:
                 self.abandon()
                 return False
-            answer = json.loads(line)
-            if "started" in answer:
-                self.answered = answer["started"]
-                self.running[self.answered] = Forked(self, self.answered)
-            else:
-                self.running.pop(answer["ended"]).returncode = answer["code"]
+            self.note(json.loads(line))
             wait = False
         return True
+
+    def note(
+        self,
+        answer: Mapping[str, int | str],  # from `serve`
+    ) -> None:
+        "Keep an answer until it is asked for."
+        if "ready" in answer:
+            self.ready = True
+        elif "ended" in answer:
+            self.running.pop(answer["ended"]).returncode = answer["code"]
+        else:
+            self.answer = answer
+            if "started" in answer:
+                self.running[answer["started"]] = Forked(self, answer["started"])
 
     def abandon(self) -> None:
         "The server is gone: nobody will tell how its copies end, so they end now."
         for number, forked in self.running.items():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(number, signal.SIGKILL)
+            for kill in (os.killpg, os.kill):  # the copy made last may have no session yet
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    kill(number, signal.SIGKILL)
             forked.returncode = -signal.SIGKILL
         self.running.clear()
 
@@ -233,13 +289,16 @@ class ForkServer:
         said = [line.strip() for line in lines if line.strip()]
         return said[-1] if said else f"one that ended with code {code}"
 
+    def close_pipes(self) -> None:
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
     def close(self) -> None:
         "End the server; its copies go on."
         if self.process:
-            self.process.terminate()  # it may still be importing
-            self.process.wait()
-            self.process.stdin.close()
-            self.process.stdout.close()
+            self.process.kill()  # it may still be importing
+            self.close_pipes()
         self.errors.close()
 
     def __enter__(self) -> "ForkServer":

@@ -438,6 +438,7 @@ class Child:
         "End it together with whatever it started."
         with suppress(ProcessLookupError, PermissionError):  # nothing is left
             os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.send_signal(signal.SIGKILL)  # one that has only just begun has no session yet
         self.process.wait()
 
 
@@ -557,13 +558,17 @@ class Supervisor:
     def step(self) -> None:
         "One round: signals, starts, what was printed, what ended."
         self.pass_signals_on()
-        while self.waiting and len(self.running) < self.slots and not self.reason_to_stop():
+        while self.waiting and self.may_start():
             self.start(self.waiting.pop(0))
         for child in list(self.running):
             ended = child.process.poll() is not None  # before reading, so that no last line is missed
             self.relay(child)
             if ended:
                 self.collect(child)
+
+    def may_start(self) -> bool:
+        "Is there room for a job, and a server that has done its imports?"
+        return len(self.running) < self.slots and not self.reason_to_stop() and self.server.is_ready()
 
     def start(self, job: Job) -> None:
         child = start_child(job, self.server, Path(self.scratch), self.command, self.environment, self.slots)
