@@ -201,12 +201,15 @@ class RankedCheckpoints(Checkpoint):
         before, folder = self.candidates, self.run.checkpoints
         ranked, other_best = kept([*before, new], self.primary_metric)
         self.candidates = list({c.filename: c for c in (*ranked, *filter(None, [other_best]))}.values())
-        with atomic_path(folder / "last.chkpt") as temporary:
+        place = folder / (new.filename if new in self.candidates else "last.chkpt")
+        with atomic_path(place) as temporary:
             trainer.save_checkpoint(temporary)
+        update_links(
+            folder, ranked, other_best, self.primary_metric
+        )  # the best comes first, a signal may follow
         if new in self.candidates:
-            with atomic_path(folder / new.filename) as temporary:
-                shutil.copyfile(folder / "last.chkpt", temporary)
-        update_links(folder, ranked, other_best, self.primary_metric)
+            with atomic_path(folder / "last.chkpt") as temporary:
+                shutil.copyfile(place, temporary)
         for dropped in {c.filename for c in before} - {c.filename for c in self.candidates}:
             (folder / dropped).unlink(missing_ok=True)
         self._note(ranked)
