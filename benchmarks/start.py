@@ -42,9 +42,8 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
             os._exit(0)
 
     torch.set_num_threads(1)
-    overrides = data_settings(data, scratch) | {
-        "trainer.accumulate_grad_batches": 1
-    }  # a step after each batch
+    step_each_batch = {"trainer.accumulate_grad_batches": 1}
+    overrides = data_settings(data, scratch) | step_each_batch
     loaded, parts = load_config("sched_boost_seed222.yaml", overrides), []
     with quiet():
         if side == "original":

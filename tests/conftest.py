@@ -31,3 +31,11 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the shared data: set TOPOQA_SHARED to its folder")
     return folder
+
+
+def is_running(number: int) -> bool:
+    "Whether there is a process of that number that has not ended."
+    try:
+        return Path(f"/proc/{number}/stat").read_text().split(")")[-1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import is_running
 
 from topoqa_nb.core import RunError
 from topoqa_nb.processes import PRELOADED, Forked, ForkServer
@@ -274,13 +275,6 @@ with ForkServer(["no_more_processes"]) as server:
     (tmp_path / "no_more_processes.py").write_text(module)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "found Resource temporarily unavailable; run fewer jobs at a time" in done.stdout, done.stderr
-
-
-def is_running(number: int) -> bool:
-    try:
-        return Path(f"/proc/{number}/stat").read_text().split(")")[-1].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @linux

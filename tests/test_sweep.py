@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import is_running
 
 from topoqa_nb.config import load_config
 from topoqa_nb.core import CheckpointError, ConfigError, DataError, RunError, write_json
@@ -75,14 +76,6 @@ def stand_in(*scripts: str):
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     "A stand-in needs no PyTorch."
     monkeypatch.setattr("topoqa_nb.sweep.PRELOADED", ())
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] != "Z"
 
 
 @pytest.fixture(scope="module")
@@ -511,7 +504,7 @@ def test_what_a_dead_job_has_started_does_not_outlive_it(tmp_path: Path, demo: D
     )
     jobs = plan(tmp_path, demo)
     run_jobs(jobs, command=stand_in(script), say=lambda line: None)
-    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+    assert not is_running(read_metadata(jobs[0].run)["pid"])
 
 
 @pytest.mark.usefixtures("light")
@@ -534,7 +527,7 @@ def test_a_job_that_ignores_the_signal_is_killed(
     assert caught.value.signum == signal.SIGTERM
     assert caught.value.result.jobs[0].status == "interrupted"
     assert read_metadata(jobs[0].run)["status"] == "interrupted"
-    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+    assert not is_running(read_metadata(jobs[0].run)["pid"])
 
 
 @pytest.mark.usefixtures("light")
@@ -548,7 +541,7 @@ def test_a_closed_pipe_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths)
 
     with pytest.raises(BrokenPipeError):
         run_jobs(jobs, command=stand_in(script), say=closed)
-    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+    assert not is_running(read_metadata(jobs[0].run)["pid"])
     assert read_metadata(jobs[0].run)["status"] == "interrupted"
 
 
@@ -694,7 +687,7 @@ def test_a_table_that_cannot_be_drawn_leaves_no_process_behind(tmp_path: Path, d
 
     with pytest.raises(OSError, match="Input/output"):
         run_jobs(jobs, command=stand_in(script), say=lambda line: None, watch=nullcontext(closed))
-    assert not is_alive(read_metadata(jobs[0].run)["pid"])
+    assert not is_running(read_metadata(jobs[0].run)["pid"])
     assert read_metadata(jobs[0].run)["status"] == "interrupted"
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Loop', 'TILE', 'TORCH_STEPS', 'STEP', 'LOOPS', 'FAST', 'KERNELS', 'EdgeOrder', 'order_edges', 'in_rows',
-           'check_node_numbers', 'dropout_mask', 'Steps', 'tiles', 'find_onednn', 'processor_vendor', 'filled_up',
-           'fill_up', 'product_for', 'multiply', 'outer', 'Attention', 'attention_scores', 'score_gradients',
+           'check_node_numbers', 'dropout_mask', 'Steps', 'tiles', 'find_onednn', 'processor_vendor', 'product_for',
+           'filled_up', 'fill_up', 'multiply', 'outer', 'Attention', 'attention_scores', 'score_gradients',
            'find_numba', 'numba_steps', 'argument_types', 'compile_loop', 'on_arrays', 'choose_kernel',
            'is_low_precision', 'attend']
 
@@ -198,13 +198,20 @@ def processor_vendor() -> str | None:
 STEP = 128  # rows
 
 
+def product_for(
+    count: int,  # of rows
+    dtype: torch.dtype,
+) -> Callable[..., Tensor] | None:  # None: MKL
+    "`find_onednn` where it gains something."
+    return find_onednn() if count >= STEP and dtype == torch.float32 else None
+
+
 def filled_up(
     count: int,  # of rows
     dtype: torch.dtype,
 ) -> int:  # >= count
     "How many rows a product of so many is given."
-    use = find_onednn() and count >= STEP and dtype == torch.float32
-    return count + -count % STEP if use else count
+    return count + -count % STEP if product_for(count, dtype) else count
 
 
 def fill_up(
@@ -215,21 +222,14 @@ def fill_up(
     return functional.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
 
 
-def product_for(
-    rows: Tensor,  # [M, J]
-) -> Callable[..., Tensor] | None:  # None: MKL
-    "`find_onednn` for rows that were filled up."
-    fits = rows.dtype == torch.float32 and len(rows) > 0 and len(rows) % STEP == 0
-    return find_onednn() if fits else None
-
-
 def multiply(
     rows: Tensor,  # [M, J], from `fill_up`
     weight: Tensor,  # [L, J]
     bias: Tensor | None = None,  # [L]
 ) -> Tensor:  # [M, L], rows @ weight^T + bias
     "What `functional.linear` gives."
-    return (product_for(rows) or functional.linear)(rows, weight, bias)
+    product = product_for(len(rows), rows.dtype) or functional.linear
+    return product(rows, weight, bias)
 
 
 def outer(
@@ -237,7 +237,7 @@ def outer(
     grad: Tensor,  # [M, L]
 ) -> Tensor:  # [L, J], grad^T @ rows
     "The gradient of the weight in `multiply`."
-    onednn = product_for(rows)
+    onednn = product_for(len(rows), rows.dtype)
     return grad.t() @ rows if onednn is None else onednn(rows.t().contiguous(), grad.t()).t()
 
 # %% ../nbs/07_attention.ipynb #07-027

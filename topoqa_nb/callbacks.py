@@ -204,9 +204,8 @@ class RankedCheckpoints(Checkpoint):
         place = folder / (new.filename if new in self.candidates else "last.chkpt")
         with atomic_path(place) as temporary:
             trainer.save_checkpoint(temporary)
-        update_links(
-            folder, ranked, other_best, self.primary_metric
-        )  # the best comes first, a signal may follow
+        # the best and its links come before the last: a signal may fall in between
+        update_links(folder, ranked, other_best, self.primary_metric)
         if new in self.candidates:
             with atomic_path(folder / "last.chkpt") as temporary:
                 shutil.copyfile(place, temporary)

@@ -6,7 +6,7 @@
 __all__ = ['app', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', 'Jobs', 'RUN_ROOT', 'NOTEBOOK_NAMES', 'Parameter', 'topoqa',
            'exit_code', 'usage_problem', 'values_of', 'joined_pairs', 'main', 'job_count', 'config_command',
            'demo_data_command', 'validate_command', 'env_command', 'run_command', 'resume_command', 'batch_command',
-           'run_batch', 'chosen_run', 'summarise_command', 'monitor_command', 'archive_command', 'text_of', 'run_cells',
+           'run_shown', 'chosen_run', 'summarise_command', 'monitor_command', 'archive_command', 'text_of', 'run_cells',
            'config_cells', 'print_table', 'print_tables', 'print_rows', 'leaderboard_command', 'given_parameters',
            'parameter_value', 'pipeline_values', 'run_or_plan', 'print_outcome', 'pipeline_command',
            'fine_tune_command', 'ramdisk_command', 'options_of_pipeline']
@@ -20,6 +20,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -297,43 +298,38 @@ def batch_command(
 ) -> int:
     "Run every job of a manifest."
     find_file(manifest, "manifests", [Path.cwd()])  # a mistake is said before PyTorch is imported
-    if dry_run:
+    with (
+        nullcontext() if dry_run else ForkServer(PRELOADED) as server
+    ):  # imports at the same time as this process
         with fast_import():
             from topoqa_nb.sweep import describe_job, load_manifest, plan_jobs
 
-        planned = plan_jobs(load_manifest(manifest), overrides=override, output_root=output_root, limit=limit)
-        print("\n".join(describe_job(job) for job in planned))
-        return 0
-    with ForkServer(PRELOADED) as server:  # imports at the same time as this process
-        return run_batch(
-            manifest,
-            {"overrides": override, "output_root": output_root, "limit": limit},
-            {"jobs": jobs, "executor": executor, "skip_completed": skip_completed, "server": server},
+        content = load_manifest(manifest)
+        planned = plan_jobs(content, overrides=override, output_root=output_root, limit=limit)
+        if dry_run:
+            print("\n".join(describe_job(job) for job in planned))
+            return 0
+        return run_shown(
+            planned,
+            jobs=jobs,
+            continue_on_error=content.continue_on_error,
+            skip_completed=skip_completed,
+            executor=executor,
+            name=Path(manifest).stem,
+            server=server,
         )
 
 
-def run_batch(
-    manifest: str,  # a file, or the name of a shipped one
-    plan: Mapping[str, object],  # options of `plan_jobs`
-    options: Mapping[str, object],  # of `run_jobs`
+def run_shown(
+    planned: Sequence[object],  # from `plan_jobs`
+    **options: object,  # of `run_jobs`
 ) -> int:  # exit code
-    "Run a manifest, and print how every job ended."
-    with fast_import():
-        from topoqa_nb.sweep import (
-            SweepInterrupted,
-            listeners,
-            load_manifest,
-            plan_jobs,
-            results_table,
-            run_jobs,
-        )
+    "Run jobs, and print how every one of them ended."
+    from topoqa_nb.sweep import SweepInterrupted, listeners, results_table, run_jobs
 
-    content = load_manifest(manifest)
-    planned = plan_jobs(content, **plan)
     say, watch = listeners()
-    name, tolerant = Path(manifest).stem, content.continue_on_error
     try:
-        result = run_jobs(planned, say=say, watch=watch, name=name, continue_on_error=tolerant, **options)
+        result = run_jobs(planned, say=say, watch=watch, **options)
     except SweepInterrupted as stop:
         print(results_table(stop.result))
         raise

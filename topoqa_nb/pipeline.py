@@ -116,9 +116,7 @@ class PipelineParameters(BaseModel):
     )
     phase2_from: Literal["phase1", "sweep"] = "phase1"  # stage whose best checkpoint phase 2 starts from
     num_workers: Annotated[StrictInt, Field(ge=0)] | None = None  # data loader processes; None: as configured
-    jobs: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = (
-        "auto"  # runs at a time; auto: fills the cores
-    )
+    jobs: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = "auto"  # at a time; auto: fills the cores
     executor: Literal["local", "ray"] = "local"  # where runs are started
     fast_dev_run: StrictBool = False  # one batch per run, to see that everything works
     overrides: Overrides = Field(default_factory=dict)  # for every run

@@ -70,7 +70,7 @@ from topoqa_nb.core import (
 )
 from .data import data_fingerprint, load_split, locate_data
 from .hardware import PARALLEL_VARIABLE, available_cores, thread_count
-from .processes import PRELOADED, Forked, ForkServer
+from .processes import PRELOADED, Forked, ForkServer, thread_limits
 from topoqa_nb.runs import (
     RunDirectory,
     check_run_name,
@@ -389,8 +389,7 @@ def child_environment(
     parallel_jobs: int = 1,  # processes at a time
 ) -> dict[str, str]:
     "This process's environment, with the job's number of threads and lines that appear at once."
-    threads = str(thread_count(job.loaded.config.trainer.num_threads, parallel_jobs))
-    limits = {f"{name}_NUM_THREADS": threads for name in ("OMP", "MKL", "OPENBLAS", "NUMEXPR")}
+    limits = thread_limits(thread_count(job.loaded.config.trainer.num_threads, parallel_jobs))
     return os.environ | limits | {PARALLEL_VARIABLE: str(parallel_jobs), "PYTHONUNBUFFERED": "1"}
 
 
