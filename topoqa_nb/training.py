@@ -296,11 +296,15 @@ def predict(
     split: Split,
     batch_size: int = VALIDATION_BATCH,  # graphs; does not change the result beyond rounding
 ) -> np.ndarray:  # [len(split)] scores, in the order of the split
-    "Scores of a split, dropout off."
+    "Scores of a split, dropout off; the mode of the network is left as it was."
     loader = make_loader(split, batch_size=batch_size, shuffle=False, seed=0)
+    was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        return torch.cat([model(batch) for batch in loader]).double().numpy()
+    try:
+        with torch.inference_mode():
+            return torch.cat([model(batch) for batch in loader]).double().numpy()
+    finally:
+        model.train(was_training)
 
 
 def predict_split(
@@ -529,6 +533,7 @@ def fit(
     keep_freed_memory()
     torch.manual_seed(config.dataloader.seed)
     model = parent.model if parent else build_model(data.schema, config.model)
+    model.train()  # Lightning keeps the mode that it finds, and a parent was loaded to be validated
     torch.manual_seed(config.dataloader.seed)
     module = TopoQAModule(model, config, data.schema, data.val.targets)
     sizes = config.dataloader.batch_size, max(config.dataloader.batch_size, VALIDATION_BATCH)
