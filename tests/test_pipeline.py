@@ -3,13 +3,15 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from topoqa_nb import pipeline as pipeline_module
-from topoqa_nb.core import CheckpointError, ConfigError, RunError, TrainingError, read_json, write_text
+from topoqa_nb.core import CheckpointError, ConfigError, RunError, TrainingError, held, read_json, write_text
 from topoqa_nb.demo import write_tiny_dataset
 from topoqa_nb.pipeline import (
     DEMO_PHASES,
@@ -425,3 +427,16 @@ def test_the_test_labels_meet_the_final_model_alone_and_once(given, tmp_path, ti
     assert first["test"]["metrics"].keys() >= {"loss", "spearman_corr"}
     assert finish(run, predict)["test"] == first["test"]
     assert len(asked) == 1
+
+
+def test_two_pipelines_do_not_share_a_reports_folder(given, tmp_path):
+    reports = tmp_path / "reports_of_two"
+    asked = given | {"reports_dir": str(reports)}
+    with held(reports), pytest.raises(RunError, match="found one that another process is writing to"):
+        opened(asked, tmp_path)
+    assert [path.name for path in reports.iterdir() if not path.name.startswith(".")] == []
+    opened(asked, tmp_path)
+    assert opened(asked, tmp_path).reports_dir == reports  # the same process may go on
+    other = "import sys; from pathlib import Path; from topoqa_nb.core import held; held(Path(sys.argv[1])).__enter__()"
+    done = subprocess.run([sys.executable, "-c", other, str(reports)], capture_output=True, text=True)
+    assert "another process is writing to" in done.stderr

@@ -1,16 +1,18 @@
 """A run that was stopped and resumed, against one that never stopped; and what a resume refuses."""
 
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from test_training import run_once, start_slow_run, tiny  # noqa: F401
 
 from topoqa_nb.config import load_config
-from topoqa_nb.core import CheckpointError, ConfigError, RunError
+from topoqa_nb.core import CheckpointError, ConfigError, Interrupted, RunError, held
 from topoqa_nb.model import read_checkpoint
 from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics, this_process, update_metadata
-from topoqa_nb.training import resume, train
+from topoqa_nb.training import TopoQAModule, open_data, resume, train
 
 
 def weights(run):
@@ -145,3 +147,126 @@ def test_damaged_metrics_are_refused_before_anything_changes(tiny, tmp_path, dam
     with pytest.raises(RunError, match=expected):
         resume(run, checkpoint="last", overrides=["trainer.num_epochs=5"])
     assert (run.metrics_file.read_bytes(), read_metadata(run)) == before
+
+
+def test_another_runs_checkpoint_is_refused(tiny, tmp_path):  # noqa: F811
+    one, other = (run_once(tiny, tmp_path, name) for name in ("one", "other"))
+    longer = ["trainer.num_epochs=4"]
+    with pytest.raises(
+        CheckpointError, match="expected a checkpoint of the run one, found one of another run"
+    ):
+        resume(one, checkpoint=other.checkpoints / "last.chkpt", overrides=longer)
+    copied = shutil.copy(other.checkpoints / "last.chkpt", one.checkpoints / "mine.chkpt")
+    with pytest.raises(CheckpointError, match="found one of another run"):
+        resume(one, checkpoint=copied, overrides=longer)
+    assert len(read_metrics(one)) == 2
+    elsewhere = shutil.copy(one.checkpoints / "last.chkpt", tmp_path / "elsewhere.chkpt")
+    resume(one, checkpoint=elsewhere, overrides=longer)
+    assert len(read_metrics(one)) == 4
+
+
+def test_checkpoints_of_earlier_versions_are_known_by_their_place(tiny, tmp_path):  # noqa: F811
+    run, other = (run_once(tiny, tmp_path, name) for name in ("run", "other"))
+    for each in (run, other):
+        content = read_checkpoint(each.checkpoints / "last.chkpt")
+        del content["run_identity"]
+        torch.save(content, each.checkpoints / "last.chkpt")
+    with pytest.raises(CheckpointError, match="found one of another run"):
+        resume(run, checkpoint=other.checkpoints / "last.chkpt", overrides=["trainer.num_epochs=3"])
+    resume(run, checkpoint="last", overrides=["trainer.num_epochs=3"])
+    assert len(read_metrics(run)) == 3
+
+
+def test_two_resumes_of_one_run_do_not_mix(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    before = run.metrics_file.read_bytes(), read_metadata(run)
+    with held(run.path), pytest.raises(RunError, match="found one that another process is writing to"):
+        resume(run, checkpoint="last", overrides=["trainer.num_epochs=4"])
+    assert (run.metrics_file.read_bytes(), read_metadata(run)) == before
+
+
+def test_a_graph_changed_at_equal_size_and_time_is_drift(tiny, tmp_path):  # noqa: F811
+    copy = tmp_path / "graph_data"
+    shutil.copytree(tiny["paths.graph"], copy)
+    run = run_once(tiny, tmp_path / "runs", paths__graph=str(copy))
+    file = next(iter(sorted(copy.rglob("*.pt"))))
+    before, graph = file.stat(), torch.load(file, weights_only=False)
+    graph.x = graph.x + 0.25
+    torch.save(graph, file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    with pytest.raises(ConfigError, match="data: fingerprint"):
+        resume(run, checkpoint="last", overrides=["trainer.num_epochs=3"])
+
+
+def test_a_fingerprint_of_an_earlier_version_is_still_known(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    update_metadata(run, data={"fingerprint": open_data(load_config(run.config_file).config).fingerprints[1]})
+    resume(run, checkpoint="last", overrides=["trainer.num_epochs=3"])
+    assert len(read_metrics(run)) == 3
+
+
+@pytest.mark.parametrize("damage", ["removed", "edited"])
+def test_metrics_lost_on_the_way_are_put_back(tiny, tmp_path, damage, monkeypatch):  # noqa: F811
+    whole = run_once(tiny, tmp_path / "whole", trainer__num_epochs=4)
+    start = TopoQAModule.on_train_epoch_start
+
+    def damaging(self):
+        file = tmp_path / "run" / "metrics" / "metrics.csv"
+        if self.current_epoch == 2:
+            file.unlink() if damage == "removed" else file.write_text("mine\n")
+        start(self)
+
+    monkeypatch.setattr(TopoQAModule, "on_train_epoch_start", damaging)
+    run = run_once(tiny, tmp_path, trainer__num_epochs=4)
+    assert run.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
+    assert "its rows were put back" in run.console_file.read_text()
+    found = run.metrics_file.with_name("found_before_epoch002.csv")
+    assert found.exists() is (damage == "edited") and (not found.exists() or found.read_text() == "mine\n")
+
+
+def test_a_run_of_another_host_needs_force(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    update_metadata(run, status="running", environment={"process": this_process() | {"host": "far-away"}})
+    longer = ["trainer.num_epochs=3"]
+    with pytest.raises(RunError, match="started on far-away, whose processes .* add --force"):
+        resume(run, checkpoint="last", overrides=longer)
+    resume(run, checkpoint="last", overrides=longer, force=True)
+    assert len(read_metrics(run)) == 3
+    update_metadata(run, status="running", environment={"process": this_process()})
+    with pytest.raises(RunError, match="found one that is training"):
+        resume(run, checkpoint="last", overrides=["trainer.num_epochs=4"], force=True)
+
+
+def test_an_early_stopped_run_has_no_epoch_left(tiny, tmp_path):  # noqa: F811
+    settings = {"early_stopping__patience": 1, "trainer__num_epochs": 40, "optimizer__learning_rate": 0.1}
+    run = run_once(tiny, tmp_path, **settings)
+    epochs = len(read_metrics(run))
+    assert epochs < 40
+    with pytest.raises(RunError, match="before early stopping .early_stopping.patience 1.*accept-drift"):
+        resume(run, checkpoint="last")
+    assert len(read_metrics(run)) == epochs
+    more = ["early_stopping.patience=2", f"trainer.num_epochs={epochs + 2}"]
+    resume(run, checkpoint="last", overrides=more, accept_drift=True)
+    assert len(read_metrics(run)) > epochs
+
+
+def test_a_run_killed_after_its_last_epoch_is_finished_not_trained(tiny, tmp_path):  # noqa: F811
+    run = run_once(tiny, tmp_path)
+    rows = run.metrics_file.read_bytes()
+    update_metadata(run, status="interrupted", completed=None)
+    resume(run, checkpoint="last")
+    assert (run.metrics_file.read_bytes(), read_metadata(run)["status"]) == (rows, "completed")
+    assert "Every epoch was trained" in run.console_file.read_text()
+
+
+def test_an_interrupt_before_the_first_checkpoint_names_no_file(tiny, tmp_path, monkeypatch):  # noqa: F811
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(TopoQAModule, "on_train_epoch_start", lambda module: signal.raise_signal(signal.SIGINT))
+        run_once(tiny, tmp_path)
+    run = RunDirectory(tmp_path / "run")
+    last = run.console_file.read_text().splitlines()[-1]
+    assert last.startswith("Interrupted. No epoch was complete. Continue with: topoqa resume --run-dir ")
+    whole = run_once(tiny, tmp_path / "whole")
+    resume(run, checkpoint="last")
+    assert_equal_runs(whole, run)

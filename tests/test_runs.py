@@ -39,7 +39,7 @@ from topoqa_nb.runs import (
 from topoqa_nb.selection import candidate, update_links
 
 SECTIONS = [
-    "run_name", "status", "created", "completed", "reason", "command", "source_config", "overrides", "notes",
+    "run_name", "identity", "status", "created", "completed", "reason", "command", "source_config", "overrides", "notes",
     "trial_label", "environment", "data", "training_parameters", "selection", "checkpoints", "lineage", "runtime",
     "progress", "mlflow",
 ]  # fmt: skip

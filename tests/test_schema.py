@@ -483,6 +483,7 @@ def test_ten_thousand_graphs_resolve_fast(tmp_path: Path):
         graph_dir=tmp_path,
         names=names,
         file_sizes=[0] * count,
+        digests=[""] * count,
         x=np.zeros((count, len(columns)), dtype=np.float32),
         edges=np.zeros(0, dtype=np.int32),
         edge_attr=np.zeros((0, 3), dtype=np.float32),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'record', 'QUIET_LOGGERS', 'run_logs', 'progress_marks', 'epoch_line', 'ProgressLines', 'RunRecorder',
-           'rng_state', 'set_rng_state', 'RankedCheckpoints']
+           'EarlyStopping', 'has_stopped', 'rng_state', 'set_rng_state', 'check_written', 'LocalCheckpoints',
+           'copy_checkpoint', 'ranking_record', 'saved_ranking', 'RankedCheckpoints']
 
 # %% ../nbs/15_callbacks.ipynb #15-003
 import logging
@@ -13,17 +14,20 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, Checkpoint
+from pytorch_lightning.callbacks import EarlyStopping as LightningEarlyStopping
 
-from .core import atomic_path
+from .core import CheckpointError, atomic_path, write_text
+from .model import read_checkpoint
 from .runs import RunDirectory, append_metrics, update_metadata
 from .selection import Candidate, checkpoint_name, kept, update_links
 
@@ -117,6 +121,10 @@ class RunRecorder(Callback):
     ):
         self.run, self.best_val_loss, self.log_lr = run, best_val_loss, log_lr
         self.epoch_seconds: list[float] = []
+        self.written = ""  # what metrics.csv holds
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.written = _text(self.run.metrics_file)  # of the epochs that a resumed run continues
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.started = time.perf_counter()
@@ -125,7 +133,9 @@ class RunRecorder(Callback):
         row = module.epoch_row
         self.best_val_loss = min(self.best_val_loss, row["val_loss"])
         self.epoch_seconds.append(round(time.perf_counter() - self.started, 3))
+        self.restore_rows(row["epoch"])
         append_metrics(self.run, row)
+        self.written = _text(self.run.metrics_file)
         update_metadata(
             self.run,
             progress={"epoch": row["epoch"], "epochs": trainer.max_epochs},
@@ -133,11 +143,45 @@ class RunRecorder(Callback):
         )
         log.info(epoch_line(row, self.best_val_loss, self.log_lr))
 
+    def restore_rows(self, epoch: int) -> None:
+        "Put metrics.csv back as it was after the epoch before, if it is not."
+        file = self.run.metrics_file
+        found = _text(file)
+        if found == self.written:
+            return
+        if found:
+            file.replace(file.with_name(f"found_before_epoch{epoch:03d}.csv"))
+        write_text(file, self.written)
+        log.warning(f"warning: {file} was removed or changed while the run was going; its rows were put back")
+
     def state_dict(self) -> dict[str, object]:
         return {"best_val_loss": self.best_val_loss, "epoch_seconds": self.epoch_seconds}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.best_val_loss, self.epoch_seconds = state["best_val_loss"], list(state["epoch_seconds"])
+
+
+def _text(file: Path) -> str:
+    "The content of a file, nothing when there is none."
+    return file.read_text(encoding="utf-8") if file.exists() else ""
+
+# %% ../nbs/15_callbacks.ipynb #15-103
+class EarlyStopping(LightningEarlyStopping):
+    "Lightning's, with the patience of the configuration: a resumed run may ask for another than its checkpoint had."
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        super().load_state_dict({**state, "patience": self.patience})
+
+
+def has_stopped(
+    checkpoint: Mapping[str, object],  # content of one of our checkpoints
+    patience: int,  # epochs without an improvement
+) -> bool:
+    "Had early stopping come to its end when this checkpoint was saved?"
+    states = [
+        state for name, state in checkpoint.get("callbacks", {}).items() if name.startswith("EarlyStopping")
+    ]
+    return any(state["wait_count"] >= max(1, patience) for state in states)
 
 # %% ../nbs/15_callbacks.ipynb #15-015
 def rng_state() -> dict[str, object]:  # plain types and byte tensors
@@ -166,7 +210,74 @@ def set_rng_state(
 def _listed(value: object) -> object:
     return [_listed(item) for item in value] if isinstance(value, tuple) else value
 
+# %% ../nbs/15_callbacks.ipynb #15-100
+def check_written(
+    file: Path,  # what was written
+    place: Path,  # where it belongs, for the message
+) -> None:
+    "Raise `CheckpointError` unless a checkpoint can be read back."
+    try:
+        read_checkpoint(file)
+    except CheckpointError as problem:
+        fix = "free some space, or choose another paths.save_dir; the checkpoints before it are untouched"
+        raise CheckpointError(place, "a checkpoint that can be read back", problem.found, fix) from None
+
+
+class LocalCheckpoints(CheckpointIO):
+    "Checkpoints as plain local files, each whole or not at all."
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict,  # plain types and tensors
+        path: str | Path,  # the file that should appear
+        storage_options: object = None,  # none are known here
+    ) -> None:
+        "Write beside the file, read back, rename. Raises `OSError`, and `CheckpointError` when it cannot be read back."
+        with atomic_path(path) as temporary:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+            check_written(temporary, Path(path))
+
+    def load_checkpoint(
+        self,
+        path: str | Path,  # a checkpoint of ours
+        map_location: object = None,  # always the CPU: Lightning moves what it restores
+        weights_only: bool | None = None,  # always: nothing of a file is run
+    ) -> dict:
+        "Its content. Raises `CheckpointError`."
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        "Remove one file."
+        Path(path).unlink(missing_ok=True)
+
 # %% ../nbs/15_callbacks.ipynb #15-018
+def copy_checkpoint(
+    source: Path,  # a checkpoint
+    place: Path,  # where a copy should appear
+) -> None:
+    "Copy a checkpoint whole or not at all."
+    with atomic_path(place) as temporary:
+        shutil.copyfile(source, temporary)
+        check_written(temporary, place)
+
+
+def ranking_record(
+    ranked: Sequence[Candidate],  # best first; none before the first checkpoint
+) -> dict[str, object]:
+    "The section `checkpoints` of the metadata."
+    names = [candidate.filename for candidate in ranked]
+    return {"best": names[0] if names else None, "ranked": names, "last": "last.chkpt" if names else None}
+
+
+def saved_ranking(
+    checkpoint: Mapping[str, object],  # content of one of our checkpoints
+) -> list[Candidate]:
+    "The checkpoints that were kept when this one was saved, itself among them if it was."
+    state = checkpoint.get("callbacks", {}).get("RankedCheckpoints", {})
+    return [Candidate(**candidate) for candidate in state.get("candidates", [])]
+
+
 class RankedCheckpoints(Checkpoint):
     "Keeps the best epochs and the last one in `model_checkpoints/`, with links that are right after every epoch."
 
@@ -175,16 +286,17 @@ class RankedCheckpoints(Checkpoint):
         run: RunDirectory,  # its `checkpoints` folder is written
         primary_metric: str,  # selection_metric or val_loss; lower is better
         parent: Mapping[str, float] | None = None,  # selection_metric and val_loss of the weights to beat
+        identity: str | None = None,  # of the run, kept in every checkpoint
     ):
         self.run, self.primary_metric, self.parent = run, primary_metric, parent
+        self.identity = identity
         self.candidates: list[Candidate] = []
 
+    def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
+        checkpoint["run_identity"] = self.identity
+
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.candidates:  # a resumed run, whose later checkpoints may have been moved away
-            update_links(
-                self.run.checkpoints, *kept(self.candidates, self.primary_metric), self.primary_metric
-            )
-        elif self.parent is not None:
+        if not self.candidates and self.parent is not None:
             self._save(trainer, self.parent["selection_metric"], self.parent["val_loss"], epoch=-1)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -202,24 +314,21 @@ class RankedCheckpoints(Checkpoint):
         ranked, other_best = kept([*before, new], self.primary_metric)
         self.candidates = list({c.filename: c for c in (*ranked, *filter(None, [other_best]))}.values())
         place = folder / (new.filename if new in self.candidates else "last.chkpt")
-        with atomic_path(place) as temporary:
-            trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(place)
         # the best and its links come before the last: a signal may fall in between
         update_links(folder, ranked, other_best, self.primary_metric)
         if new in self.candidates:
-            with atomic_path(folder / "last.chkpt") as temporary:
-                shutil.copyfile(place, temporary)
+            copy_checkpoint(place, folder / "last.chkpt")
         for dropped in {c.filename for c in before} - {c.filename for c in self.candidates}:
             (folder / dropped).unlink(missing_ok=True)
         self._note(ranked)
 
     def _note(self, ranked: list[Candidate]) -> None:
-        names = [candidate.filename for candidate in ranked]
-        update_metadata(self.run, checkpoints={"best": names[0], "ranked": names, "last": "last.chkpt"})
+        update_metadata(self.run, checkpoints=ranking_record(ranked))
 
     def state_dict(self) -> dict[str, object]:
         return {"candidates": [asdict(candidate) for candidate in self.candidates]}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        candidates = [Candidate(**candidate) for candidate in state["candidates"]]
-        self.candidates = [each for each in candidates if (self.run.checkpoints / each.filename).exists()]
+        saved = saved_ranking({"callbacks": {type(self).__name__: state}})
+        self.candidates = [each for each in saved if (self.run.checkpoints / each.filename).exists()]

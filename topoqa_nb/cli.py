@@ -274,13 +274,16 @@ def resume_command(
     accept_drift: Annotated[
         bool, typer.Option("--accept-drift", help="Go on although configuration or data changed.")
     ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although it was started on a host that cannot be seen.")
+    ] = False,
 ) -> None:
     "Continue a run in its own directory."
     run = chosen_run(run_id, run_dir, root)
     with fast_import():
         from topoqa_nb.training import resume
 
-    resume(run, checkpoint=checkpoint, overrides=override, accept_drift=accept_drift)
+    resume(run, checkpoint=checkpoint, overrides=override, accept_drift=accept_drift, force=force)
 
 
 @app.command("batch")

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['RESERVED_NAMES', 'CLOCK_TOLERANCE', 'BEST', 'METRIC_COLUMNS', 'WHOLE_NUMBERS', 'RECENT_EPOCHS', 'SUMMARISED',
            'RunDirectory', 'check_run_name', 'default_run_name', 'this_process', 'process_state', 'is_going',
-           'initial_metadata', 'read_metadata', 'update_metadata', 'create_run', 'read_metrics', 'best_epoch',
-           'update_best', 'append_metrics', 'environment', 'git_state', 'list_runs', 'find_run', 'idle_epochs',
-           'outlook', 'progress', 'best_score', 'checkpoints_are_gone', 'refuse_damaged', 'summarise',
-           'leaderboard_row', 'settings_fingerprint', 'ranked_rows', 'leaderboard', 'by_config', 'archive']
+           'initial_metadata', 'read_metadata', 'update_metadata', 'refuse_original', 'merged', 'create_run',
+           'read_metrics', 'best_epoch', 'update_best', 'append_metrics', 'environment', 'git_state', 'list_runs',
+           'find_run', 'idle_epochs', 'outlook', 'progress', 'best_score', 'checkpoints_are_gone', 'refuse_damaged',
+           'summarise', 'leaderboard_row', 'settings_fingerprint', 'ranked_rows', 'leaderboard', 'by_config', 'archive']
 
 # %% ../nbs/13_runs.ipynb #13-003
 import math
 import os
 import platform
+import secrets
 import shlex
 import socket
 import statistics
@@ -193,6 +194,7 @@ def initial_metadata(
     "What is known about a run before it starts."
     return {
         "run_name": name,
+        "identity": secrets.token_hex(16),  # its checkpoints carry it too
         "status": "running",  # then completed, interrupted or failed
         "created": now(),
         **dict.fromkeys(("completed", "reason")),  # known at the end
@@ -232,18 +234,31 @@ def update_metadata(
     **sections: object,  # a mapping is merged into the section of its name, anything else replaces it
 ) -> dict[str, object]:  # all metadata afterwards
     "Change some metadata; readers see all of the change or none. Raises `RunError` when they are damaged."
-    if is_original(run.path):
-        fix = "start a new run from its checkpoint with --resume-from"
-        raise RunError(
-            run.path, "a run of this package", "a run of the original stack, which is only read", fix
-        )
-    metadata = read_metadata(run) if run.metadata_file.exists() else {}
-    for name, value in sections.items():
-        before = metadata.get(name)
-        merge = isinstance(before, Mapping) and isinstance(value, Mapping)
-        metadata[name] = {**before, **value} if merge else value
+    refuse_original(run)
+    metadata = merged(read_metadata(run) if run.metadata_file.exists() else {}, sections)
     write_json(run.metadata_file, metadata)
     return metadata
+
+
+def refuse_original(run: RunDirectory) -> None:
+    "Raise `RunError` for a run of the original stack, which is only read."
+    if is_original(run.path):
+        fix = "start a new run from its checkpoint with --resume-from"
+        found = "a run of the original stack, which is only read"
+        raise RunError(run.path, "a run of this package", found, fix)
+
+
+def merged(
+    metadata: Mapping[str, object],
+    sections: Mapping[str, object],  # a mapping is merged into the section of its name
+) -> dict[str, object]:
+    "Metadata with some sections changed."
+    both = {
+        name: {**metadata[name], **value}
+        for name, value in sections.items()
+        if isinstance(metadata.get(name), Mapping) and isinstance(value, Mapping)
+    }
+    return {**metadata, **sections, **both}
 
 # %% ../nbs/13_runs.ipynb #13-022
 def create_run(
@@ -255,6 +270,8 @@ def create_run(
     notes: str | None = None,  # free text
     trial_label: str | None = None,  # groups runs of one question
     command: Sequence[str] | None = None,  # None: the command line of this process
+    sections: Mapping[str, object]
+    | None = None,  # of the metadata, as far as they are known before the start
 ) -> RunDirectory:
     "Make a run directory and point `latest` at it. Raises `RunError` for a bad or taken name."
     save_dir = Path(save_dir).absolute()
@@ -270,7 +287,7 @@ def create_run(
         about = initial_metadata(
             name, loaded, final_config, notes=notes, trial_label=trial_label, command=command
         )
-        write_json(run.metadata_file, about)
+        write_json(run.metadata_file, merged(about, sections or {}))
     replace_link(save_dir / "latest", save_dir / name)
     return RunDirectory(save_dir / name)
 

@@ -252,6 +252,7 @@ class GraphStore:
     graph_dir: Path  # where the files are
     names: list[str]  # graph names; a graph's position in this list is its number
     file_sizes: list[int]  # bytes of each file, in the order of `names`
+    digests: list[str]  # of the content of each graph, in the order of `names`
     x: np.ndarray  # float32 [nodes of all graphs, Fx]
     edges: (
         np.ndarray
@@ -293,9 +294,12 @@ class GraphStore:
         "A store of some of the graphs, in the order given."
         numbers = torch.tensor([self.index[name] for name in names])
         table = ("node_counts", "edge_counts", "node_starts", "edge_starts")
-        sizes = [self.file_sizes[number] for number in numbers.tolist()]
+        lists = {
+            key: [getattr(self, key)[number] for number in numbers.tolist()]
+            for key in ("file_sizes", "digests")
+        }
         return replace(
-            self, names=list(names), file_sizes=sizes, **{key: getattr(self, key)[numbers] for key in table}
+            self, names=list(names), **lists, **{key: getattr(self, key)[numbers] for key in table}
         )
 
     def graph(
@@ -373,6 +377,7 @@ class _Piece:
     shapes: list[
         tuple[int, int, int, int]
     ]  # of each graph: nodes, features per node, edges, features per edge
+    digests: list[str]  # of each graph
     x: np.ndarray
     edges: np.ndarray
     edge_attr: np.ndarray
@@ -383,20 +388,33 @@ def _read_piece(files: Sequence[Path], trust_pickles: bool) -> _Piece:
     sorted_edges = [_by_target(graph) for graph in graphs]
     return _Piece(
         shapes=[(*graph.x.shape, *graph.edge_attr.shape) for graph in graphs],
+        digests=[
+            _graph_digest(graph.x.numpy(), *arrays)
+            for graph, arrays in zip(graphs, sorted_edges, strict=True)
+        ],
         x=np.concatenate([graph.x.numpy().ravel() for graph in graphs]),
         edges=np.concatenate([edges.ravel() for edges, _ in sorted_edges]),
         edge_attr=np.concatenate([edge_attr.ravel() for _, edge_attr in sorted_edges]),
     )
 
 
+def _graph_digest(*arrays: np.ndarray) -> str:
+    "A fingerprint of the numbers of one graph."
+    digest = hashlib.sha256(repr([array.shape for array in arrays]).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:32]
+
+
 def _write_pieces(
     graph_dir: Path, names: list[str], pieces: Iterator[_Piece], streams: Mapping[str, BinaryIO]
-) -> dict[str, object]:  # widths, and counts of each graph
+) -> dict[str, object]:  # widths; counts and digests of each graph
     "Append all pieces to the streams. Raises `SchemaError` in the end when the graphs have different widths."
-    shapes = []
+    shapes, digests = [], []
     with closing(pieces):
         for piece in pieces:
             shapes += piece.shapes
+            digests += piece.digests
             for key, stream in streams.items():
                 stream.write(getattr(piece, key))
     nodes, node_widths, edges, edge_widths = map(list, zip(*shapes, strict=True))
@@ -407,6 +425,7 @@ def _write_pieces(
         "edge_width": edge_widths[0],
         "node_counts": nodes,
         "edge_counts": edges,
+        "digests": digests,
     }
 
 # %% ../nbs/02_store.ipynb #02-041
@@ -618,7 +637,7 @@ def _settled_states(graph_dir: Path, chosen: Sequence[str] | None) -> dict[str, 
     return states
 
 # %% ../nbs/02_store.ipynb #02-052
-_FORMAT = 1  # of the packed files; a store of another format has another key
+_FORMAT = 2  # of the packed files; a store of another format has another key
 
 
 def _place(graph_dir: Path, trust_pickles: bool, store_dir: Path | None) -> Path:
@@ -629,7 +648,7 @@ def _place(graph_dir: Path, trust_pickles: bool, store_dir: Path | None) -> Path
 
 def _key(states: Mapping[str, _FileState]) -> str:
     "A name for the state of a graph directory."
-    lines = [f"{name}\t{state.size}\t{state.modified}" for name, state in states.items()]
+    lines = [f"{name}\t{state.size}\t{state.modified}\t{state.changed}" for name, state in states.items()]
     return _digest("\n".join([f"format {_FORMAT}", *lines]))
 
 
@@ -686,7 +705,7 @@ def _open_packed(place: Path, graph_dir: Path, states: Mapping[str, _FileState])
 def _store(
     graph_dir: Path,
     states: Mapping[str, _FileState],
-    table: Mapping[str, object],  # node_counts, edge_counts
+    table: Mapping[str, object],  # node_counts, edge_counts, digests
     arrays: Mapping[str, np.ndarray],
     folder: Path | None = None,
 ) -> GraphStore:
@@ -697,6 +716,7 @@ def _store(
         graph_dir=graph_dir,
         names=list(states),
         file_sizes=[state.size for state in states.values()],
+        digests=list(table["digests"]),
         **arrays,
         node_counts=node_counts,
         edge_counts=edge_counts,

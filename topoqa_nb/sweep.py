@@ -8,7 +8,7 @@ __all__ = ['MANIFEST_KEYS', 'SETTING_KEYS', 'STOP_SECONDS', 'POLL_SECONDS', 'HUR
            'load_manifest', 'within', 'settings_layer', 'Job', 'plan_jobs', 'describe_job', 'JobResult', 'SweepResult',
            'results_table', 'training_command', 'job_slots', 'sweep_length', 'child_environment', 'share_text', 'Child',
            'start_child', 'result_of', 'ended_result', 'noted_signals', 'Supervisor', 'run_figures', 'job_cells',
-           'jobs_table', 'JobTable', 'job_table', 'listeners', 'fingerprint_of', 'completed_before', 'pack_graphs',
+           'jobs_table', 'JobTable', 'job_table', 'listeners', 'fingerprints_of', 'completed_before', 'pack_graphs',
            'SweepInterrupted', 'run_jobs']
 
 # %% ../nbs/18_sweep.ipynb #18-003
@@ -750,26 +750,26 @@ def listeners() -> tuple[Callable[[str], object], Watch]:
     return say, job_table(console)
 
 # %% ../nbs/18_sweep.ipynb #18-056
-def fingerprint_of(
+def fingerprints_of(
     paths: PathsConfig,  # graph directory and labels, filled in
-) -> str:  # sha256
-    "The fingerprint of the data that a run with these paths would record."
+) -> tuple[str, ...]:  # sha256; by content, and by size as earlier versions recorded it
+    "The fingerprints of the data that a run with these paths may have recorded."
     store = open_store(paths.graph, trust_pickles=paths.trust_pickles, store_dir=paths.store)
     labels = {"train": paths.train_labels, "val": paths.val_labels}
     splits = [load_split(name, file, store, target_regex=paths.target_regex) for name, file in labels.items()]
-    return data_fingerprint(splits, store)
+    return tuple(data_fingerprint(splits, store, by) for by in ("content", "size"))
 
 
 def completed_before(
     jobs: Iterable[Job],
 ) -> dict[str, JobResult]:  # job name -> the result of the earlier run
     "The jobs that an earlier run has completed, with the same configuration on the same data."
-    fingerprint = cache(fingerprint_of)  # jobs of a sweep share their data
-    found = {job.name: _completed_run(job, fingerprint) for job in jobs}
+    fingerprints = cache(fingerprints_of)  # jobs of a sweep share their data
+    found = {job.name: _completed_run(job, fingerprints) for job in jobs}
     return {name: _earlier_result(name, run) for name, run in found.items() if run}
 
 
-def _completed_run(job: Job, fingerprint: Callable[[PathsConfig], str]) -> RunDirectory | None:
+def _completed_run(job: Job, fingerprints: Callable[[PathsConfig], tuple[str, ...]]) -> RunDirectory | None:
     "The latest completed run that is this job."
     config, _ = locate_data(job.loaded.config)
     parent = sha256_file(job.resume_from) if job.resume_from else None
@@ -783,16 +783,18 @@ def _completed_run(job: Job, fingerprint: Callable[[PathsConfig], str]) -> RunDi
             metadata["status"] == "completed"
             and same_settings
             and same_parent
-            and _has_data(metadata, config, fingerprint)
+            and _has_data(metadata, config, fingerprints)
         ):
             return run
     return None
 
 
-def _has_data(metadata: Mapping, config: Config, fingerprint: Callable[[PathsConfig], str]) -> bool:
+def _has_data(
+    metadata: Mapping, config: Config, fingerprints: Callable[[PathsConfig], tuple[str, ...]]
+) -> bool:
     "Was the run trained on these data, as they are now?"
     try:
-        return (metadata.get("data") or {}).get("fingerprint") == fingerprint(config.paths)
+        return (metadata.get("data") or {}).get("fingerprint") in fingerprints(config.paths)
     except TopoqaError:  # data that cannot be read now are reported as for a job that never ran
         return False
 
