@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from topoqa_nb.cli import joined_pairs, main
+from topoqa_nb.cli import joined_pairs, main, parameter_value
 from topoqa_nb.core import TrainingError
 from topoqa_nb.demo import DemoPaths, write_tiny_dataset
 from topoqa_nb.runs import find_run, read_metadata, read_metrics
@@ -70,6 +70,12 @@ def shell(*arguments: object) -> subprocess.CompletedProcess:
 
 
 # --- usage
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "a: &a {b: *a}", "9" * 5000, '"\\ud800"', "2024-02-30"])
+def test_parameters_that_hurt_yaml_are_text(text, capsys):
+    assert parameter_value(text) == text
+    assert len(refused(capsys, "pipeline", "-p", "jobs", text, "--dry-run")) < 1500
 
 
 def test_help_and_config_do_not_load_torch():

@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-import yaml
 from typer.exceptions import TyperException
 
-from .config import dump_config, find_file, load_config
+from .config import dump_config, find_file, load_config, parse_yaml
 from .core import ConfigError, Interrupted, TopoqaError, TrainingError, to_json
 from .processes import PRELOADED, ForkServer, fast_import
 
@@ -511,8 +510,8 @@ def given_parameters(
 def parameter_value(text: str) -> object:
     "A number, list, truth value or null if the text is one in YAML; else the text."
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text, "parameter")
+    except ConfigError:  # no YAML, as many a text
         return text
     return value if value is None or isinstance(value, bool | int | float | list | dict) else text
 

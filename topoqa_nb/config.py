@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['Integer', 'Number', 'Flag', 'Count', 'BatchLimit', 'Location', 'Precision', 'Mapped', 'SECTIONS', 'FIELDS',
-           'PATH_KEYS', 'TEXT_KEYS', 'FREE_KEYS', 'LEGACY_KEYS', 'LOCATION_KEYS', 'Section', 'PathsConfig',
-           'ModelConfig', 'DataloaderConfig', 'TrainerConfig', 'OptimizerConfig', 'SchedulerConfig',
-           'EarlyStoppingConfig', 'SelectionConfig', 'CoverageConfig', 'LoggingConfig', 'MlflowConfig', 'Config',
-           'sectioned', 'read_yaml', 'parse_overrides', 'format_overrides', 'absolute_overrides', 'find_file',
-           'find_shipped', 'LoadedConfig', 'load_config', 'dump_config', 'config_differences']
+           'PATH_KEYS', 'TEXT_KEYS', 'FREE_KEYS', 'LEGACY_KEYS', 'LONGEST_YAML', 'DEEPEST_YAML', 'HALF_CHARACTER',
+           'TEXT_TAG', 'LOCATION_KEYS', 'Section', 'PathsConfig', 'ModelConfig', 'DataloaderConfig', 'TrainerConfig',
+           'OptimizerConfig', 'SchedulerConfig', 'EarlyStoppingConfig', 'SelectionConfig', 'CoverageConfig',
+           'LoggingConfig', 'MlflowConfig', 'Config', 'sectioned', 'parse_yaml', 'read_yaml', 'parse_overrides',
+           'format_overrides', 'absolute_overrides', 'find_file', 'find_shipped', 'LoadedConfig', 'load_config',
+           'dump_config', 'config_differences']
 
 # %% ../nbs/01_config.ipynb #01-003
 import copy
+import itertools
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -354,32 +357,91 @@ def _unknown_key(
     return ConfigError(where, "a known key", key, fix)
 
 # %% ../nbs/01_config.ipynb #01-028
-class _UniqueKeyLoader(yaml.SafeLoader):
-    "Plain YAML in which a key stands once."
+LONGEST_YAML = 500_000  # characters, with every alias written out; a job of a manifest takes about 200
+DEEPEST_YAML = 50  # levels; a configuration has 3
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # a lone surrogate, which UTF-8 cannot write
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    "Plain YAML in which a key stands once, and which is no larger or deeper than it looks."
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth, self.length, self.lengths = 0, 0, {}
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        "The next node; `length` counts what its text would be without aliases."
+        event, before = self.peek_event(), self.length
+        self.depth += 1
+        _refuse(self.depth > DEEPEST_YAML, f"more than {DEEPEST_YAML} levels", event)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        is_alias = isinstance(event, yaml.AliasEvent)
+        _refuse(is_alias and id(node) not in self.lengths, "a value that contains itself", event)
+        own = self.lengths[id(node)] if is_alias else len(getattr(event, "value", "")) + 1
+        self.length += own
+        _refuse(self.length > LONGEST_YAML, f"more than {LONGEST_YAML:,} characters with its aliases", event)
+        self.lengths[id(node)] = self.length - before
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} twice", problem_mark=key.start_mark)
+            _refuse(key.value in seen, f"the key {key.value} twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-def _parse_yaml(text: str, where: object) -> object:
-    "The value that a YAML text stands for."
+def _refuse(is_wrong: object, problem: str, place: yaml.Node | yaml.Event) -> None:
+    "Raise a `YAMLError` that knows its line."
+    if is_wrong:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+# %% ../nbs/01_config.ipynb #01-101
+TEXT_TAG = "tag:yaml.org,2002:str"
+
+
+class _PlainLoader(_BoundedLoader):
+    "YAML whose words mean what they look like."
+
+    def resolve(self, kind: type, value: str | None, implicit: object) -> str:
+        tag = super().resolve(kind, value, implicit)
+        is_number = tag.endswith((":int", ":float"))
+        is_other = is_number and (":" in value or re.match(r"[-+]?0[0-9_]", value))
+        return TEXT_TAG if is_other or tag.endswith(":timestamp") else tag
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
+        try:
+            value = super().construct_object(node, deep)
+        except (ValueError, KeyError, IndexError, AttributeError):  # a date of `!!timestamp`, 5,000 digits
+            value = None
+            _refuse(True, f"a value that is no {node.tag.rpartition(':')[2]}", node)
+        _refuse(isinstance(value, int) and value.bit_length() > 1024, "a number of that many digits", node)
+        _refuse(isinstance(value, str) and HALF_CHARACTER.search(value), "half a character, \\ud...", node)
+        return value
+
+
+def parse_yaml(
+    text: str,
+    where: object,  # named in errors
+) -> object:
+    "The value that a YAML text stands for. Raises `ConfigError` with the line of what is wrong."
+    if len(text) > LONGEST_YAML:
+        fix = "check that it is the right file"
+        raise ConfigError(where, f"at most {LONGEST_YAML:,} characters of YAML", "more", fix)
     try:
-        return yaml.load(text, _UniqueKeyLoader)
+        return yaml.load(text, _PlainLoader)
     except yaml.YAMLError as problem:
         mark = getattr(problem, "problem_mark", None)
         found = f"a mistake in line {mark.line + 1} ({problem.problem})" if mark else str(problem)
         raise ConfigError(where, "valid YAML", found, "correct the line, or put text in quotes") from None
 
-
+# %% ../nbs/01_config.ipynb #01-102
 def _read_text(path: str | Path) -> str:
-    "The text of a configuration or manifest."
+    "The text of a configuration or manifest, no further than anybody reads it."
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            return file.read(LONGEST_YAML + 1)
     except (OSError, UnicodeDecodeError) as problem:
         found = getattr(problem, "strerror", None) or "bytes that are not UTF-8 text"
         raise ConfigError(path, "a YAML file", found, "check the path") from None
@@ -389,15 +451,21 @@ def read_yaml(
     path: str | Path,  # a configuration or manifest
 ) -> dict:  # its content; an empty file gives an empty one
     "Read a YAML mapping. Raises `ConfigError` if the file is missing, not YAML, or anything but a mapping."
-    content = _parse_yaml(_read_text(path), path)
+    content = parse_yaml(_read_text(path), path)
     if content is not None and not isinstance(content, dict):
         raise ConfigError(path, "names with values", _as_written(content), "write lines such as `seed: 222`")
     return content or {}
 
 
 def _as_written(value: object) -> str:
-    "A value as it could stand in a file, cut when it is long."
-    text = str(value) if isinstance(value, float) else json.dumps(plain(value), ensure_ascii=False)
+    "A value as it could stand in a file, cut when it is long; what would be cut is not written first."
+    if isinstance(value, float):
+        return str(value)
+    parts = json.JSONEncoder(ensure_ascii=False, default=plain).iterencode(value)
+    try:
+        text = "".join(itertools.islice(parts, 80))
+    except (TypeError, ValueError, RecursionError):  # keys that are no text, a value inside of itself
+        text = reprlib.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 # %% ../nbs/01_config.ipynb #01-032
@@ -456,7 +524,7 @@ def _override_value(key: str, text: str) -> object:
     "The value of `key=text`: YAML, or the text itself where the key holds text."
     if key in TEXT_KEYS and not text.startswith(('"', "'")):
         return None if text.lower() in ("", "null", "~") else text
-    return _parse_yaml(text, f"override {key}")
+    return parse_yaml(text, f"override {key}")
 
 
 def _read_pairs(overrides: str | Iterable[str]) -> Iterable[tuple[str, object]]:
@@ -465,6 +533,8 @@ def _read_pairs(overrides: str | Iterable[str]) -> Iterable[tuple[str, object]]:
         name, equals, text = str(item).partition("=")
         if not equals or not name.strip():
             raise ConfigError("override", "key=value", _as_written(item), "write for example seed=777")
+        if HALF_CHARACTER.search(name + text):  # bytes of the command line that are not UTF-8
+            raise ConfigError("override", "UTF-8 text", ascii(item), "write it in UTF-8")
         key = _override_key(name.strip())
         yield key, _override_value(key, text.strip())
 
