@@ -837,3 +837,18 @@ def test_a_giant_value_of_a_caller_is_not_written_out_to_be_cut(here):
         value = [value, value]
     with pytest.raises(ConfigError, match="found .{1,80}; correct it"):
         load_config(None, {"dataloader.seed": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.weight_decay", 1e308), ("optimizer.learning_rate", 1e308), ("selection.spearman_weight", 1e308),
+        ("trainer.gradient_clip_val", 1e31), ("early_stopping.min_delta", 10**400), ("dataloader.batch_size", 10**23),
+        ("trainer.accumulate_grad_batches", 10**23), ("trainer.num_threads", 10**5), ("trainer.devices", 10**23),
+        ("dataloader.num_workers", 257), ("model.hidden_dim", 10**9), ("model.num_layers", 10**23),
+        ("model.attention_head", 10**9), ("dataloader.seed", 2**32), ("trainer.num_epochs", 10**23),
+    ],
+)  # fmt: skip
+def test_values_that_would_overflow_are_refused(key, value):
+    with pytest.raises(ConfigError, match=f"override {key}: expected a .*(up to|less than)"):
+        load_config(None, {key: value})
