@@ -543,7 +543,7 @@ def _read_pairs(overrides: str | Iterable[str]) -> Iterable[tuple[str, object]]:
         if not equals or not name.strip():
             raise ConfigError("override", "key=value", _as_written(item), "write for example seed=777")
         if HALF_CHARACTER.search(name + text):  # bytes of the command line that are not UTF-8
-            raise ConfigError("override", "UTF-8 text", ascii(item), "write it in UTF-8")
+            raise ConfigError("override", "UTF-8 text", ascii(item), "use a UTF-8 locale: LC_ALL=C.UTF-8")
         key = _override_key(name.strip())
         yield key, _override_value(key, text.strip())
 

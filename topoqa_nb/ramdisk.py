@@ -734,7 +734,7 @@ def timed_process(
         write_json(folder / "job.json", parameters.model_dump(mode="json")),
         folder / "outcome.json",
     )
-    environment = os.environ | {MARK: own_mark()}
+    environment = os.environ | {MARK: own_mark(), "PYTHONIOENCODING": "utf-8:backslashreplace"}
     try:
         with (folder / "console.log").open("wb") as console:
             command = mode_command(job, outcome)
