@@ -202,14 +202,16 @@ def test_two_orders_of_columns_in_one_directory(tiny: DemoPaths):
 
 
 def test_all_rows_that_break_a_rule_are_listed(tmp_path: Path):
-    rows = "a,0.5\nb,71\n,0.2\nc,0.1\nc,0.2\n../d,0.3\ne,-1\nf,\na,0.5"
+    rows = "a,0.5\nb,71\n,0.2\nc,0.1\nc,0.2\n../d,0.3\ne,-1\nf,\na,0.5\ng,1.0000001\ng,1"
     labels, problems = sound_labels(csv(tmp_path / "bad.csv", rows))
-    assert labels.table.MODEL.tolist() == ["a"]
+    assert labels.table.to_dict("list") == {"MODEL": ["a", "g"], "dockq": [0.5, 1.0]}
     assert labels.dropped == 1
     assert len(problems) == 5
 
 
-@pytest.mark.parametrize("rows", ["a,0.5\nb,0.25", "a,0.5\na,0.5\nb,", " a ,1e-1"])
+@pytest.mark.parametrize(
+    "rows", ["a,0.5\nb,0.25", "a,0.5\na,0.5\nb,", " a ,1e-1", "a,1.0000001\nb,-1e-6\na,1"]
+)
 def test_sound_labels_are_what_read_labels_reads(tmp_path: Path, rows: str):
     path = csv(tmp_path / "good.csv", rows)
     labels, problems = sound_labels(path)

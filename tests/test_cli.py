@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from topoqa_nb.cli import joined_pairs, main
+from topoqa_nb.cli import joined_pairs, main, parameter_value
 from topoqa_nb.core import TrainingError
 from topoqa_nb.demo import DemoPaths, write_tiny_dataset
 from topoqa_nb.runs import find_run, read_metadata, read_metrics
@@ -70,6 +70,12 @@ def shell(*arguments: object) -> subprocess.CompletedProcess:
 
 
 # --- usage
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "a: &a {b: *a}", "9" * 5000, '"\\ud800"', "2024-02-30"])
+def test_parameters_that_hurt_yaml_are_text(text, capsys):
+    assert parameter_value(text) == text
+    assert len(refused(capsys, "pipeline", "-p", "jobs", text, "--dry-run")) < 1500
 
 
 def test_help_and_config_do_not_load_torch():
@@ -564,3 +570,105 @@ def test_demo_data_never_overwrite_a_folder_of_somebody_else(tmp_path: Path, cap
     (tmp_path / "thesis.txt").write_text("mine")
     refused(capsys, "demo-data", "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+# --- consoles
+
+ASCII = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+
+
+@pytest.fixture(scope="module")
+def umlauts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder in which every name that a user chooses has an umlaut, but for the folder itself."
+    folder = tmp_path_factory.mktemp("umlauts")
+    demo = write_tiny_dataset(folder / "dätä", targets=2, decoys=4)
+    changes = f"  graph: {demo.graph_dir}\n  save_dir: rüns\n"
+    (folder / "c.yaml").write_text(
+        f"paths:\n{changes}model: {{hidden_dim: 8}}\ntrainer: {{num_epochs: 1}}\nmlflow: {{run_name: ü}}\n",
+        encoding="utf-8",
+    )
+    (folder / "m.yaml").write_text("jobs: [{name: jöb, config: c.yaml}]\n", encoding="utf-8")
+    link = folder / "runs"
+    (folder / "rüns").mkdir()
+    link.symlink_to("rüns")
+    (folder / "data").symlink_to("dätä")
+    return folder
+
+
+UMLAUTS = [
+    "config --show c.yaml", "run --config c.yaml --run-name rün", "batch --manifest m.yaml",
+    "batch --manifest m.yaml --dry-run", "validate --graph-dir data", "leaderboard --root runs",
+    "leaderboard --root runs --format json", "leaderboard --root runs --format csv",
+    "leaderboard --root runs --by-config", "summarise --run-id rün --root runs",
+    "monitor --run-id rün --root runs", "monitor --run-id rün --root runs --format json",
+    "demo-data --out dämo", "env --config c.yaml", "archive --run-id rün --root runs",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", ASCII, ids=["ascii", "C"])
+def test_a_console_that_knows_ascii_alone_shows_everything(umlauts, environment):
+    "In the locale C Python cannot open every path, either: that is one line."
+    for command in UMLAUTS:
+        done = subprocess.run(
+            [sys.executable, "-m", "topoqa_nb.cli", *command.split()],
+            cwd=umlauts, env=os.environ | environment, capture_output=True,
+        )  # fmt: skip
+        told = done.returncode == 2 and done.stderr.splitlines()[-1].startswith(b"topoqa: error: ")
+        assert done.returncode == 0 or (told and "LC_ALL" in environment), (command, done.stderr.decode())
+        assert b"Traceback" not in done.stderr and done.stdout.isascii() and done.stderr.isascii()
+
+
+@pytest.mark.parametrize("argument", [b"--run-name=\xff", b"--output-root=\xe4", b"--override=save_dir=\xe4"])
+def test_bytes_that_are_no_text_are_one_line(tmp_path, argument):
+    command = [sys.executable, "-m", "topoqa_nb.cli", "run", "--config", "config.yaml", argument]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "command line: expected UTF-8 text" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def read_first_line(*arguments: object, folder: Path, errors: int = subprocess.PIPE) -> tuple[int, str, str]:
+    "Exit code, first line and stderr of a command whose reader leaves after one line."
+    command = [sys.executable, "-m", "topoqa_nb.cli", *map(str, arguments)]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
+    first = process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read() if process.stderr else ""
+    return process.wait(), first, said
+
+
+@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT], ids=["apart", "same pipe"])
+def test_a_training_goes_on_when_its_reader_leaves(demo, tmp_path, errors):
+    arguments = [
+        "run",
+        "--config",
+        "config.yaml",
+        "--output-root",
+        "runs",
+        "--run-name",
+        "a",
+        *on_tiny_data(demo),
+    ]
+    code, first, said = read_first_line(*arguments, folder=tmp_path, errors=errors)
+    run = find_run(tmp_path / "runs", "a")
+    assert (code, said) == (0, "") and first
+    assert read_metadata(run)["status"] == "completed"
+    console = run.console_file.read_text()
+    assert "Epoch 001 |" in console and "Best checkpoint" in console and "Traceback" not in console
+
+
+def test_a_sweep_goes_on_when_its_reader_leaves(demo, tmp_path):
+    (tmp_path / "m.yaml").write_text("shared: {config: config.yaml}\njobs: [{name: a}, {name: b}]\n")
+    arguments = ["batch", "--manifest", "m.yaml", "--output-root", "runs", *on_tiny_data(demo)]
+    code, first, said = read_first_line(*arguments, folder=tmp_path)
+    assert (code, said) == (0, "") and first
+    runs = [path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()]
+    assert len(runs) == 2
+    assert {read_metadata(find_run(tmp_path / "runs", path.name))["status"] for path in runs} == {"completed"}
+
+
+def test_a_failure_is_told_by_the_exit_code_when_nobody_reads(demo, tmp_path):
+    diverges = ["--override", "learning_rate=1e30", "--override", "batch_size=2"]
+    arguments = ["run", "--config", "config.yaml", "--output-root", "runs", *on_tiny_data(demo), *diverges]
+    code, _, said = read_first_line(*arguments, folder=tmp_path)
+    assert code == 1 and said.count("\n") == 1 and "expected a finite loss" in said

@@ -1,6 +1,7 @@
 """Configuration: whole files on disk, from several working directories, and the shipped set."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,8 @@ from topoqa_nb.config import (
     read_yaml,
 )
 from topoqa_nb.core import ConfigError
+from topoqa_nb.ramdisk import file_settings
+from topoqa_nb.sweep import load_manifest
 
 CONFIGS = find_shipped("config.yaml").parent
 MANIFESTS = find_shipped("run_core.yaml", "manifests").parent
@@ -731,3 +734,121 @@ def test_loading_does_not_change_what_it_is_given(here):
     load_config(None, ["edge_schema.dim=24", "mlflow.tags.b=2"], layers=[layer])
     assert layer == {"edge_schema": {"dim": 11}, "mlflow.tags": {"a": 1}}
     assert Config().mlflow.tags == {} and Config().edge_schema == {}
+
+
+# YAML that hurts
+
+BOMB = "a0: &a0 [lol, lol]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)
+)
+HURTS = {
+    "an alias bomb": BOMB + "jobs: *a8\n",
+    "a bomb of mappings": "".join(
+        f"a{n}: &a{n} {{{', '.join(f'k{k}: *a{n - 1}' for k in range(9))}}}\n" if n else "a0: &a0 {k: lol}\n"
+        for n in range(9)
+    ),
+    "a bomb of merges": "a0: &a0 {k: lol}\n"
+    + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 9)),
+    "a value inside of itself": "mlflow: &a {tags: *a}\n",
+    "3,000 levels": "mlflow:\n  tags: " + "[" * 3000 + "]" * 3000 + "\n",
+    "5,000 digits": f"dataloader:\n  seed: {'1' * 5000}\n",
+    "5,000 hexadecimal digits": f"dataloader:\n  seed: 0x{'f' * 5000}\n",
+    "half a character": 'mlflow:\n  run_name: "\\ud800"\n',
+    "half a character in a key": '"\\udfff": 1\n',
+    "no date": "mlflow:\n  run_name: !!timestamp 2024-02-30\n",
+    "no truth value": "mlflow:\n  enabled: !!bool perhaps\n",
+    "an endless file": "# " + "x" * 2_000_000 + "\n",
+    "an endless key": '? "' + "k" * 100_000 + '"\n: 1\n',
+    "an endless value": "dataloader: {seed: " + "k" * 100_000 + "}\n",
+}
+
+
+@pytest.mark.parametrize("name", HURTS)
+@pytest.mark.parametrize("read", [load_config, load_manifest, file_settings])
+def test_yaml_that_hurts_is_one_short_line_at_once(read, name, here):
+    path = write(here / "a.yaml", HURTS[name])
+    started = time.perf_counter()
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert time.perf_counter() - started < 5
+    message = str(caught.value)
+    assert str(path) in message and len(message) < 1500 and "\n" not in message
+    message.encode()
+
+
+@pytest.mark.parametrize("name", HURTS)
+def test_overrides_that_hurt_are_one_short_line(name, here):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"mlflow.tags={HURTS[name]}", f"seed={HURTS[name]}"])
+    assert str(caught.value).startswith("override ") and len(str(caught.value)) < 1500
+
+
+def test_an_override_in_another_encoding_is_one_line(here):
+    with pytest.raises(ConfigError, match="override: expected UTF-8 text"):
+        load_config(None, ["mlflow.run_name=caf\udce9"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0222", 222), ("'0222'", 222), ("222", 222), ("+0222", 222), ("0xde", 222), ("0b11", 3), ("0", 0)],
+)
+def test_a_seed_is_the_number_that_it_looks_like(text, value, here):
+    write(here / "a.yaml", f"dataloader: {{seed: {text}}}\n")
+    assert load_config("a.yaml").config.dataloader.seed == value
+    assert load_config(None, [f"seed={text}"]).config.dataloader.seed == value
+
+
+@pytest.mark.parametrize("text", ["1:30", "1:30.5", "2025-11-03", "2024-02-30", "1e400"])
+def test_what_is_no_number_is_not_taken_for_one(text, here):
+    write(here / "a.yaml", f"optimizer: {{learning_rate: {text}}}\n")
+    with pytest.raises(ConfigError, match="expected a number, found"):
+        load_config("a.yaml")
+
+
+@pytest.mark.parametrize("text", ["2025-11-03", "2024-02-30", "007", "0222", "1:30", "2025-11-03T10:00:00Z"])
+def test_names_stay_as_they_are_written(text, here):
+    write(here / "a.yaml", f"mlflow: {{run_name: {text}, tags: {{day: {text}}}}}\n")
+    loaded = load_config("a.yaml")
+    assert (loaded.config.mlflow.run_name, loaded.config.mlflow.tags["day"]) == (text, text)
+    copy = write(here / "copy.yaml", dump_config(loaded.config))
+    assert load_config(copy).config == loaded.config
+    if ":" not in text:
+        write(here / "m.yaml", f"jobs: [{{name: {text}, config: a.yaml}}]\n")
+        assert load_manifest("m.yaml").jobs[0].name == text
+
+
+def test_jobs_as_a_mapping(here):
+    write(here / "m.yaml", "jobs: {a: {config: a.yaml}}\n")
+    with pytest.raises(
+        ConfigError, match="m.yaml: jobs: expected a list, found .* begin each job with a dash"
+    ):
+        load_manifest("m.yaml")
+
+
+def test_ordinary_aliases_and_merges_work(here):
+    write(here / "a.yaml", "trainer: &t {num_epochs: 5}\nmlflow: {tags: {one: *t, two: {<<: *t, more: 1}}}\n")
+    loaded = load_config("a.yaml").config
+    assert loaded.mlflow.tags == {"one": {"num_epochs": 5}, "two": {"num_epochs": 5, "more": 1}}
+
+
+def test_a_giant_value_of_a_caller_is_not_written_out_to_be_cut(here):
+    value = "lol"
+    for _ in range(40):  # 2^40 values in 40 objects
+        value = [value, value]
+    with pytest.raises(ConfigError, match="found .{1,80}; correct it"):
+        load_config(None, {"dataloader.seed": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optimizer.weight_decay", 1e308), ("optimizer.learning_rate", 1e308), ("selection.spearman_weight", 1e308),
+        ("trainer.gradient_clip_val", 1e31), ("early_stopping.min_delta", 10**400), ("dataloader.batch_size", 10**23),
+        ("trainer.accumulate_grad_batches", 10**23), ("trainer.num_threads", 10**5), ("trainer.devices", 10**23),
+        ("dataloader.num_workers", 257), ("model.hidden_dim", 10**9), ("model.num_layers", 10**23),
+        ("model.attention_head", 10**9), ("dataloader.seed", 2**32), ("trainer.num_epochs", 10**23),
+    ],
+)  # fmt: skip
+def test_values_that_would_overflow_are_refused(key, value):
+    with pytest.raises(ConfigError, match=f"override {key}: expected a .*(up to|less than)"):
+        load_config(None, {key: value})

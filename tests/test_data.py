@@ -73,6 +73,8 @@ def csv(tmp_path):
         (b"PK\x03\x04\x00\x00\xff\xfe\x80", "expected"),
         ("MODEL,dockq\na,0.5\na,0.7\n", "rows 1, 2: expected one dockq for a, found values from 0.5 to 0.7"),
         ("MODEL,dockq\na,1.0001\n", "row 1: expected dockq from 0 to 1, found 1.0001 for a"),
+        ("MODEL,dockq\na,1.0000011\n", "expected dockq from 0 to 1, found 1.0000011 for a"),
+        ("MODEL,dockq\na,0.5\na,0.50000001\n", "found values from 0.5 to 0.50000001"),
         ("MODEL,dockq\na,0.5\nb,-0.001\n", "row 2: expected dockq from 0 to 1"),
         ("MODEL,dockq\n/etc/a,0.5\n", "inside the graph directory, found /etc/a"),
         ("MODEL,dockq\n1ACB/../../a,0.5\n", "inside the graph directory"),
@@ -87,6 +89,17 @@ def test_a_bad_label_file_is_one_line_that_names_it(csv, content, part):
     assert part in str(problem.value)
     assert str(path) in str(problem.value)
     assert "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("1.0000001", 1), ("1.000001", 1), ("-0.000001", 0), ("-1e-12", 0), ("1", 1), ("0.9999999", 0.9999999)],
+)
+def test_round_off_beyond_the_ends_is_clipped_and_noted(csv, written, read):
+    labels = read_labels(csv(f"MODEL,dockq\na,{written}\nb,0.5\na,{read}\n"))
+    assert labels.table.dockq.tolist() == [read, 0.5]
+    is_noted = any("1 row clipped, dockq was up to 1e-6 outside of 0 to 1" in note for note in labels.notes)
+    assert is_noted == (float(written) != read)
 
 
 def test_a_missing_label_file_and_a_folder(tmp_path):

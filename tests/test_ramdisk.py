@@ -654,6 +654,9 @@ def test_the_shipped_settings_and_a_key_with_a_typing_error(tmp_path):
     wrong = write_text(tmp_path / "ramdisk.yaml", "ramdisk: {sise: 12G}\n")
     with pytest.raises(ConfigError, match="did you mean ramdisk.size?"):
         file_settings(wrong)
+    wrong.write_text("ramdisk: 12G\n")
+    with pytest.raises(ConfigError, match="ramdisk.yaml: ramdisk: expected a section with keys, found '12G'"):
+        file_settings(wrong)
 
 
 def test_the_page_cache_is_measured(tmp_path):

@@ -1,5 +1,9 @@
 "Tables and figures that a page alone does not show: gaps in the data, many runs, many targets."
 
+import dataclasses
+import html
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +24,7 @@ from topoqa_nb.reports import (
     pooled_features,
     runs_table,
     schema_table,
+    show,
     winner_sentence,
 )
 from topoqa_nb.schema import resolve_schema
@@ -163,3 +168,54 @@ def test_metrics_of_the_summary_and_of_a_split_have_the_same_names():
         "test": {"labels": "/x/test.csv", "coverage": {"usable": 3}, "metrics": metrics},
     }
     assert evaluation_table(summary).labels[0] == "test.csv"
+
+
+# Names as they are written
+
+NAMES = [
+    "a$b",
+    "$x^$",
+    "$\\frac$",
+    "100%_#",
+    "a\\b",
+    "a\\$b",
+    "_hidden",
+    "_$_$",
+    "äöü",
+    "a^{b",
+    "$",
+    "x{}y&z~",
+]
+
+
+def shown(figure):
+    "Titles, tick labels and legend of a figure as they are drawn; a warning is an error."
+    with warnings.catch_warnings(action="error"):
+        figure.canvas.draw()
+    texts = [axis.title for axis in figure.axes] + [
+        text for axis in figure.axes for text in axis.get_yticklabels()
+    ]
+    texts += [text for legend in figure.legends for text in legend.get_texts()]
+    drawn = [text._preprocess_math(text.get_text()) for text in texts]
+    assert not any(is_formula for _, is_formula in drawn)
+    return [text.removeprefix("\u200b") for text, _ in drawn]
+
+
+def test_names_of_targets_are_drawn_as_they_are_written(splits):
+    split = dataclasses.replace(splits[0], targets=[NAMES[n % len(NAMES)] for n in range(len(splits[0]))])
+    assert set(split.targets) == set(NAMES)
+    figure = plot_predictions(np.full(len(split), 0.5), split, "run $x^$ of _$")
+    assert set(shown(figure)) >= {*NAMES, "run $x^$ of _$"}
+
+
+def test_names_of_runs_are_drawn_as_they_are_written():
+    curve = pd.DataFrame({"epoch": [0, 1], "val_loss": [0.2, 0.1], "val_spearman_corr": [0.1, 0.2]})
+    assert set(shown(plot_learning_curves(dict.fromkeys(NAMES, curve)))) >= set(NAMES)
+    fine = {"parent_score": 0.2, "trained_score": 0.1, "improved_on_parent": True}
+    assert set(shown(plot_phases([record(name, 0.1, **fine) for name in NAMES]))) >= set(NAMES)
+
+
+def test_a_browser_shows_the_names_of_a_table_as_they_are_written():
+    text = show(pd.DataFrame({"run": NAMES})).data
+    assert "mathjax_ignore" in text
+    assert all(html.escape(name, quote=False) in text.replace("<wbr>", "") for name in NAMES)

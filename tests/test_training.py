@@ -1,11 +1,13 @@
 """Whole training runs: stops, kills, accumulation, schema of another build. What a page cannot show."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from topoqa_nb.config import load_config
-from topoqa_nb.core import ConfigError, DataError, TrainingError
+from topoqa_nb.core import CheckpointError, ConfigError, DataError, TrainingError
 from topoqa_nb.demo import ensure_demo, write_tiny_dataset
 from topoqa_nb.metrics import spearman
 from topoqa_nb.model import build_model, read_checkpoint
 from topoqa_nb.runs import METRIC_COLUMNS, RunDirectory, read_metadata, read_metrics
-from topoqa_nb.training import open_data, predict_split, train
+from topoqa_nb.training import check_batch_limits, open_data, predict_split, resume, train
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +266,82 @@ def test_the_demo_is_learnt_and_shuffled_labels_are_not(demo_set, tmp_path):
             demo_spearman(demo_set, tmp_path / f"shuffled_{seed}.csv", tmp_path / f"false_{seed}")
         )
     assert abs(np.mean(shuffled)) < 0.3, shuffled  # nearly four standard errors of the mean of eight
+
+
+# Values that no training can use, refused before there is a run.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("trainer.limit_val_batches", 0.25, "0.25 of 1, which hold 64 graphs each; write a number of batches (1 to 1), a fraction from 1, or null"),
+        ("trainer.limit_train_batches", 0.001, "0.001 of 4, which hold 2 graphs each; write a number of batches (1 to 4), a fraction from 0.25"),
+        ("trainer.strategy", "foo", "trainer: expected settings that Lightning takes"),
+        ("trainer.strategy", "fsdp", "trainer: expected settings that Lightning takes"),
+    ],
+)  # fmt: skip
+def test_what_lightning_would_refuse_leaves_no_run(tiny, tmp_path, key, value, says):
+    with pytest.raises(ConfigError) as caught:
+        run_once(tiny, tmp_path / "runs", **{key: value})
+    assert says in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_fraction_that_leaves_a_batch_trains(tiny, tmp_path):
+    run = run_once(tiny, tmp_path, trainer__limit_train_batches=0.25, trainer__limit_val_batches=1.0)
+    assert read_metadata(run)["status"] == "completed"
+    quick = run_once(tiny, tmp_path, "quick", trainer__limit_val_batches=0.25, trainer__fast_dev_run=True)
+    assert read_metadata(quick)["status"] == "completed"
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3, 7, 49, 125, 999, 1000, 4999])
+def test_the_fraction_that_an_error_names_works(batches):
+    config = load_config(None, {"trainer.limit_train_batches": 1e-9, "dataloader.batch_size": 1}).config
+    data = SimpleNamespace(train=range(batches), val=range(64))
+    with pytest.raises(ConfigError) as caught:
+        check_batch_limits(config, data)
+    fraction = float(re.search(r"a fraction from ([\d.]+)", str(caught.value))[1])
+    works = load_config(None, {"trainer.limit_train_batches": fraction, "dataloader.batch_size": 1}).config
+    check_batch_limits(works, data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_parent_whose_weights_are_not_finite_leaves_no_run(tiny, tmp_path, value):
+    first = run_once(tiny, tmp_path / "first")
+    checkpoint = first.checkpoints / "last.chkpt"
+    content = read_checkpoint(checkpoint)
+    next(iter(content["state_dict"].values())).view(-1)[0] = value
+    torch.save(content, checkpoint)
+    with pytest.raises(
+        CheckpointError, match="last.chkpt: expected finite weights, found NaN or infinity in "
+    ):
+        run_once(tiny, tmp_path / "second", resume_from=checkpoint)
+    assert not (tmp_path / "second").exists()
+    before = first.metadata_file.read_bytes()
+    with pytest.raises(CheckpointError, match="expected finite weights"):
+        resume(first, checkpoint="last", overrides=["num_epochs=4"])
+    assert first.metadata_file.read_bytes() == before
+
+
+def test_a_parent_whose_scores_overflow_leaves_no_run(tiny, tmp_path):
+    checkpoint = run_once(tiny, tmp_path / "first").checkpoints / "last.chkpt"
+    content = read_checkpoint(checkpoint)
+    for weights in content["state_dict"].values():
+        weights.fill_(3e38)
+    torch.save(content, checkpoint)
+    with pytest.raises(CheckpointError, match="expected finite scores of the validation split"):
+        run_once(tiny, tmp_path / "second", resume_from=checkpoint)
+    assert not (tmp_path / "second").exists()
+
+
+def test_the_largest_numbers_train_or_are_one_line(tiny, tmp_path):
+    "At the limits of the configuration nothing overflows inside of torch or Lightning."
+    large = {
+        "optimizer.weight_decay": 1e30, "selection.spearman_weight": 1e30, "early_stopping.min_delta": 1e30,
+        "trainer.gradient_clip_val": 1e30, "dataloader.batch_size": 2**32 - 1, "early_stopping.patience": 2**32 - 1,
+        "trainer.accumulate_grad_batches": 2**32 - 1, "scheduler.patience": 2**32 - 1,
+        "logging.log_every_n_steps": 2**32 - 1,
+    }  # fmt: skip
+    assert read_metadata(run_once(tiny, tmp_path, "large", **large))["status"] == "completed"
+    with pytest.raises(TrainingError, match="expected a finite loss"):
+        run_once(tiny, tmp_path, "rate", optimizer__learning_rate=1e30)

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch_geometric.data import Data
 
 from .core import DataError, plain
-from .data import Labels, _check_rows, _find_graph, _number, _read_cells, read_labels, target_of
+from .data import Labels, _check_rows, _find_graph, _read_cells, _usable_rows, read_labels, target_of
 from .schema import Claim, read_sidecar
 from .store import list_graphs, read_graph
 
@@ -317,9 +317,8 @@ def sound_labels(
     except DataError as problem:
         if problem.where == str(path):  # the file, not a row of it
             return None, [problem]
-    cells = _read_cells(path)
-    table = cells.assign(dockq=[_number(text) for text in cells.dockq])
-    usable = table[np.isfinite(table.dockq)]
+    table = _read_cells(path)
+    usable, _ = _usable_rows(table)
     rows, problems = _sound_rows(path, usable, [[row] for row in usable.index])
     repeated = [list(group) for group in rows.groupby("MODEL", sort=False).groups.values() if len(group) > 1]
     rows, more = _sound_rows(path, rows, repeated)

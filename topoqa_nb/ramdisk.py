@@ -140,11 +140,11 @@ def file_settings(
     "The settings of a file; an unknown key is a `ConfigError`."
     names = {f"ramdisk.{name}": name for name in ("size", "headroom", "name")}
     names |= {"num_workers.baseline": "baseline_num_workers", "num_workers.ramdisk": "ram_num_workers"}
-    given = {
-        f"{section}.{key}": value
-        for section, keys in read_yaml(path).items()
-        for key, value in dict(keys).items()
-    }
+    given = {}
+    for section, keys in read_yaml(path).items():
+        if not isinstance(keys, dict | None):
+            raise ConfigError(f"{path}: {section}", "a section with keys", repr(keys), "write keys below it")
+        given |= {f"{section}.{key}": value for key, value in (keys or {}).items()}
     for key in given:
         if key not in names:
             raise ConfigError(f"{path}: {key}", "a known key", "an unknown one", did_you_mean(key, names))
@@ -734,7 +734,7 @@ def timed_process(
         write_json(folder / "job.json", parameters.model_dump(mode="json")),
         folder / "outcome.json",
     )
-    environment = os.environ | {MARK: own_mark()}
+    environment = os.environ | {MARK: own_mark(), "PYTHONIOENCODING": "utf-8:backslashreplace"}
     try:
         with (folder / "console.log").open("wb") as console:
             command = mode_command(job, outcome)

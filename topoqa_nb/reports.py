@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'LINES', 'DPI', 'QUALITY_LIMITS', 'PARENT', 'FINE_TUNE', 'METRIC_NAMES', 'new_figure',
-           'legend_below', 'show', 'dataset_table', 'schema_table', 'plot_labels', 'runs_table', 'score_name',
-           'read_curves', 'plot_learning_curves', 'winner_sentence', 'phases_table', 'plot_phases', 'pooled_features',
-           'baseline_scores', 'comparison_table', 'metrics_table', 'plot_predictions', 'evaluation_table',
-           'lineage_table', 'answer_text']
+           'legend_below', 'as_label', 'show', 'dataset_table', 'schema_table', 'plot_labels', 'runs_table',
+           'score_name', 'read_curves', 'plot_learning_curves', 'winner_sentence', 'phases_table', 'plot_phases',
+           'pooled_features', 'baseline_scores', 'comparison_table', 'metrics_table', 'plot_predictions',
+           'evaluation_table', 'lineage_table', 'answer_text']
 
 # %% ../nbs/21_reports.ipynb #21-003
 import re
@@ -60,16 +60,25 @@ def legend_below(
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
+# %% ../nbs/21_reports.ipynb #21-101
+def as_label(
+    name: str,  # of a target, run or split
+) -> str:  # for a title, tick or legend
+    "A name that matplotlib shows as it is written."
+    invisible = "\u200b" if name.startswith("_") else ""
+    return invisible + name.replace("$", r"\$")
+
 # %% ../nbs/21_reports.ipynb #21-008
 def show(
     table: pd.DataFrame,
 ) -> HTML:  # what a notebook displays for it
     "A table for a report: nothing cut off, no row numbers, gaps left empty."
-    with pd.option_context("display.max_colwidth", None):
+    with pd.option_context("display.max_colwidth", None, "display.html.use_mathjax", False):
         text = table.to_html(index=False, na_rep="", border=0)
     for cell in ("th", "td"):
         text = text.replace(f"<{cell}>", f'<{cell} style="text-align: left">')
-    return HTML(text.replace("_", "_<wbr>"))  # names may wrap after an underscore, and nothing else may
+    # names may wrap after an underscore, and nothing else may
+    return HTML(re.sub("_(?=[^<>]*<)", "_<wbr>", text))
 
 # %% ../nbs/21_reports.ipynb #21-012
 def dataset_table(
@@ -133,7 +142,7 @@ def plot_labels(
     bins = np.linspace(0, 1, 21)
     for position, split in enumerate(splits):
         share = np.full(len(split), 100 / len(split))
-        name = f"{split.name}, {len(split)} decoys"
+        name = as_label(f"{split.name}, {len(split)} decoys")
         axis.hist(split.dockq.numpy(), bins, weights=share, histtype="step", linewidth=1.8, color=COLOURS[position], linestyle=LINES[position], label=name)  # fmt: skip
     for name, limit in QUALITY_LIMITS.items():
         axis.axvline(limit, color="0.5", linestyle=":", linewidth=1)
@@ -203,7 +212,7 @@ def plot_learning_curves(
         style = {
             "color": COLOURS[position % len(COLOURS)],
             "linestyle": LINES[position % len(LINES)],
-            "label": name,
+            "label": as_label(name),
         }
         style |= {"marker": "." if len(curve) < 3 else None}
         loss.plot(curve.epoch, curve.val_loss, **style)
@@ -283,9 +292,9 @@ def plot_phases(
         return figure
     for row, run in enumerate(runs):
         _draw_fine_tune(axis, row, run)
-    axis.set_yticks(range(len(runs)), [_short(run["run_name"]) for run in runs], fontsize=9)
+    axis.set_yticks(range(len(runs)), [as_label(_short(run["run_name"])) for run in runs], fontsize=9)
     axis.set(title="Fine-tunes against their parents (left is better)", ylim=(len(runs) - 0.5, -0.5))
-    axis.set_xlabel(f"{score_name(runs)} on the validation split")
+    axis.set_xlabel(as_label(f"{score_name(runs)} on the validation split"))
     axis.margins(x=0.35)
     axis.plot([], [], label="parent", **PARENT)
     axis.plot([], [], label="best epoch of the fine-tune", **FINE_TUNE)
@@ -388,10 +397,14 @@ def plot_predictions(
     for position, target in enumerate(sorted(set(names))):
         chosen = np.array([name == target for name in names])
         marker = MARKERS[(position + position // len(COLOURS)) % len(MARKERS)]
-        axis.scatter(dockq[chosen], scores[chosen], s=24, marker=marker, color=COLOURS[position % len(COLOURS)], alpha=0.75, linewidths=0, label=target)  # fmt: skip
+        axis.scatter(dockq[chosen], scores[chosen], s=24, marker=marker, color=COLOURS[position % len(COLOURS)], alpha=0.75, linewidths=0, label=as_label(target))  # fmt: skip
     axis.plot([0, 1], [0, 1], color="0.4", linestyle=":", linewidth=1)
     axis.set(
-        title=title, xlabel="true DockQ", ylabel="predicted DockQ", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02)
+        title=as_label(title),
+        xlabel="true DockQ",
+        ylabel="predicted DockQ",
+        xlim=(-0.02, 1.02),
+        ylim=(-0.02, 1.02),
     )
     axis.set_aspect("equal")
     columns = 1 + len(set(names)) // 19

@@ -161,6 +161,8 @@ def _manifest_error(file: Path, problem: Mapping) -> ConfigError:
         return ConfigError(where, "a known key", "an unknown one", did_you_mean(place[-1], known))
     if problem["type"] in ("missing", "too_short"):
         return ConfigError(where, "a value", "nothing", "a manifest lists jobs, each with a name")
+    if problem["type"] == "tuple_type":
+        return ConfigError(where, "a list", repr(problem["input"]), "begin each job with a dash: `- name: a`")
     expected = re.sub(r"^Input should be (a valid )?", "", problem["msg"])
     if problem["type"] == "string_pattern_mismatch":
         expected = "letters, digits and _ . + - (it names a folder)"

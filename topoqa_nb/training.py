@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_BATCH', 'NOT_DRIFT', 'UNFINISHED', 'window_scale', 'make_scheduler', 'refuse_non_finite', 'TopoQAModule',
-           'RunData', 'open_data', 'check_stated_width', 'load_model', 'predict', 'predict_split', 'Parent',
-           'read_parent', 'refuse_other_schema', 'trainer_arguments', 'wants_bar', 'interruptible', 'recorded',
-           'where_it_stands', 'train', 'known_before', 'describe_start', 'run_environment', 'lineage', 'fit',
-           'unfilled_memory', 'make_callbacks', 'conclude', 'drift', 'Start', 'find_start', 'check_owner',
-           'checkpoint_epoch', 'next_folder', 'rewind', 'finish_rewinds', 'set_aside', 'settle_checkpoints', 'resume',
-           'go_on', 'continued_parent', 'say_resumed', 'note_kernel', 'refuse_running', 'refuse_missing_rows',
-           'refuse_complete', 'refuse_drift', 'note_resume']
+           'RunData', 'open_data', 'check_stated_width', 'refuse_broken_weights', 'batch_sizes', 'check_batch_limits',
+           'check_trainer', 'load_model', 'predict', 'predict_split', 'Parent', 'read_parent', 'refuse_other_schema',
+           'trainer_arguments', 'wants_bar', 'interruptible', 'recorded', 'where_it_stands', 'train', 'known_before',
+           'describe_start', 'run_environment', 'lineage', 'fit', 'unfilled_memory', 'make_callbacks', 'conclude',
+           'drift', 'Start', 'find_start', 'check_owner', 'checkpoint_epoch', 'next_folder', 'rewind', 'finish_rewinds',
+           'set_aside', 'settle_checkpoints', 'resume', 'go_on', 'continued_parent', 'say_resumed', 'note_kernel',
+           'refuse_running', 'refuse_missing_rows', 'refuse_complete', 'refuse_drift', 'note_resume']
 
 # %% ../nbs/16_training.ipynb #16-003
 import itertools
+import logging
 import math
 import os
 import shlex
@@ -21,6 +22,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from topoqa_nb.callbacks import (
@@ -295,6 +298,51 @@ def check_stated_width(config: Config, schema: FeatureSchema) -> None:
             f"remove the key or train on graphs of width {stated}",
         )  # fmt: skip
 
+# %% ../nbs/16_training.ipynb #16-100
+def refuse_broken_weights(
+    checkpoint: str | Path,  # the file, for the message
+    model: TopoQANet,  # filled from it
+) -> None:
+    "Raise `CheckpointError` for weights that are NaN or infinite, as a training that diverged leaves them."
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        found = f"NaN or infinity in {', '.join(broken[:3])}{more}"
+        raise CheckpointError(
+            checkpoint, "finite weights", found, "name a checkpoint of another epoch or run"
+        )
+
+# %% ../nbs/16_training.ipynb #16-102
+def batch_sizes(config: Config) -> dict[str, int]:
+    "Graphs a batch in each split."
+    size = config.dataloader.batch_size
+    return {"train": size, "val": max(size, VALIDATION_BATCH)}
+
+
+def check_batch_limits(config: Config, data: RunData) -> None:
+    "Raise `ConfigError` for a fraction of the batches that leaves none."
+    for name, size in batch_sizes(config).items():
+        key, batches = f"limit_{name}_batches", math.ceil(len(getattr(data, name)) / size)
+        limit = getattr(config.trainer, key)
+        is_too_small = isinstance(limit, float) and int(batches * limit) < 1
+        if is_too_small and not config.trainer.fast_dev_run:
+            found = f"{limit:g} of {batches}, which hold {size} graphs each"
+            fix = f"write a number of batches (1 to {batches}), a fraction from {math.ceil(1000 / batches) / 1000:g}, or null"
+            raise ConfigError(f"trainer.{key}", "a fraction that leaves a batch", found, fix)
+
+
+def check_trainer(config: Config) -> None:
+    "Raise `ConfigError` for what Lightning refuses."
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            Trainer(**trainer_arguments(config))
+    except (MisconfigurationException, ValueError, TypeError, OverflowError) as problem:
+        fix = "correct the section trainer"
+        raise ConfigError("trainer", "settings that Lightning takes", str(problem), fix) from None
+    finally:
+        logging.disable(logging.NOTSET)
+
 # %% ../nbs/16_training.ipynb #16-013
 VALIDATION_BATCH = 64  # graphs at least; where nothing is learnt, large batches only save time
 
@@ -305,11 +353,14 @@ def load_model(
     "The network of a checkpoint, in evaluation mode, and its schema. Raises `CheckpointError`."
     content = read_checkpoint(checkpoint)
     if "feature_metadata" not in content:
-        return load_foreign_weights(checkpoint).eval(), None
+        model = load_foreign_weights(checkpoint)
+        refuse_broken_weights(checkpoint, model)
+        return model.eval(), None
     schema = FeatureSchema.from_dict(content["feature_metadata"])
     model = build_model(schema, ModelConfig(**content["config"]["model"]))
     weights = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
-    return load_weights(model, weights, checkpoint).eval(), schema
+    refuse_broken_weights(checkpoint, load_weights(model, weights, checkpoint))
+    return model.eval(), schema
 
 
 def predict(
@@ -359,7 +410,11 @@ def read_parent(
     if schema is not None:
         refuse_other_schema(checkpoint, schema, data.schema)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
-    metrics = regression_metrics(predict(child, data.val), data.val.dockq.double().numpy(), data.val.targets)
+    scores = predict(child, data.val)
+    if not np.isfinite(scores).all():
+        fix = "check the features of the graphs, or name another checkpoint"
+        raise CheckpointError(checkpoint, "finite scores of the validation split", "NaN or infinity", fix)
+    metrics = regression_metrics(scores, data.val.dockq.double().numpy(), data.val.targets)
     rule = SelectionRule.from_config(config.selection)
     score = metrics | {"selection_metric": rule.metric(metrics["val_loss"], metrics["val_spearman_corr"])}
     return Parent(checkpoint, sha256_file(checkpoint), child, score)
@@ -491,7 +546,9 @@ def train(
     threads = thread_count(config.trainer.num_threads)
     with torch_threads(threads):
         data = open_data(config)
+        check_batch_limits(config, data)
         parent = read_parent(resume_from, data, config) if resume_from else None
+        check_trainer(config)
         run = create_run(
             config.paths.save_dir,
             run_name,
@@ -570,13 +627,12 @@ def fit(
     model.train()  # Lightning keeps the mode that it finds, and a parent was loaded to be validated
     torch.manual_seed(config.dataloader.seed)
     module = TopoQAModule(model, config, data.schema, data.val.targets)
-    sizes = config.dataloader.batch_size, max(config.dataloader.batch_size, VALIDATION_BATCH)
     loaders = [
         make_loader(
             split, batch_size=size, shuffle=split is data.train,
             seed=config.dataloader.seed, num_workers=config.dataloader.num_workers,
         )
-        for split, size in zip((data.train, data.val), sizes, strict=True)
+        for split, size in zip((data.train, data.val), batch_sizes(config).values(), strict=True)
     ]  # fmt: skip
     loaders[0].sampler.set_epoch(
         first_epoch
@@ -838,6 +894,10 @@ def resume(
             data = open_data(loaded.config)
             changes = drift(metadata, loaded.config, data, start.schema)
             refuse_drift(run, changes, accept_drift)
+            if start.source:
+                load_model(start.source)  # refuses weights that are not finite
+            check_batch_limits(loaded.config, data)
+            check_trainer(loaded.config)
             parent = continued_parent(metadata, start, data, loaded.config)
             aside = rewind(run, start)
             note_resume(run, metadata, loaded, start, aside, changes)
