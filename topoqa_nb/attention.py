@@ -12,9 +12,7 @@ __all__ = ['Loop', 'TILE', 'TORCH_STEPS', 'STEP', 'LOOPS', 'FAST', 'KERNELS', 'a
 # %% ../nbs/07_attention.ipynb #07-004
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +25,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 from torch_geometric.nn import GATv2Conv
 
-from .core import ConfigError, DataError, did_you_mean
+from .core import ConfigError, DataError, did_you_mean, temporary_files
 
 # %% ../nbs/07_attention.ipynb #07-100
 def attention_layer(
@@ -37,23 +35,11 @@ def attention_layer(
 ) -> GATv2Conv:
     "The parameters of an attention layer: no self loops, with edge features."
     # without edge_dim PyG would leave the edges out and not say so
-    with _no_files_left():
+    with temporary_files():
         return GATv2Conv(
             width, width, heads=heads, concat=False, negative_slope=0.2, dropout=dropout,
             add_self_loops=False, edge_dim=width,
         )  # fmt: skip
-
-
-@contextmanager
-def _no_files_left() -> Iterator[None]:
-    "Whoever writes temporary files inside of this and forgets them writes into a folder that is removed."
-    before = tempfile.tempdir
-    with tempfile.TemporaryDirectory(prefix="topoqa_") as folder:
-        try:
-            tempfile.tempdir = folder
-            yield
-        finally:
-            tempfile.tempdir = before
 
 # %% ../nbs/07_attention.ipynb #07-009
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TopoqaError', 'ConfigError', 'DataError', 'SchemaError', 'CheckpointError', 'RunError', 'TrainingError',
-           'Interrupted', 'nearest', 'did_you_mean', 'atomic_path', 'write_text', 'atomic_directory', 'plain',
-           'to_json', 'write_json', 'read_json', 'replace_link', 'sha256_file', 'sha256_json', 'now']
+           'Interrupted', 'nearest', 'did_you_mean', 'atomic_path', 'write_text', 'atomic_directory', 'temporary_files',
+           'plain', 'to_json', 'write_json', 'read_json', 'replace_link', 'sha256_file', 'sha256_json', 'now']
 
 # %% ../nbs/00_core.ipynb #00-003
 import difflib
@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -143,6 +144,21 @@ def atomic_directory(
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #00-101
+@contextmanager
+def temporary_files() -> Iterator[Path]:  # the folder
+    "Temporary files that are made inside of this, by whomever, lie in one folder, which is removed."
+    before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="topoqa_", ignore_cleanup_errors=True) as folder:
+        try:
+            tempfile.tempdir = os.environ["TMPDIR"] = folder
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
+            os.environ.pop("TMPDIR")
+            if variable is not None:
+                os.environ["TMPDIR"] = variable
 
 # %% ../nbs/00_core.ipynb #00-024
 def plain(

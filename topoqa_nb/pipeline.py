@@ -55,6 +55,7 @@ from topoqa_nb.core import (
     now,
     plain,
     read_json,
+    temporary_files,
     write_json,
     write_text,
 )
@@ -924,7 +925,7 @@ def run_pipeline(
     parameters = absolute_parameters(pipeline_parameters(values), Path.cwd())
     pipeline = settle(parameters)
     claim_reports(pipeline)
-    with interruptible():
+    with interruptible(), temporary_files():  # a kernel that is stopped leaves its connection file
         problem = execute_notebook("full_pipeline.ipynb", pipeline.reports_dir, parameters)
     file = pipeline.reports_dir / "pipeline_summary.json"
     if not file.exists():
