@@ -470,7 +470,7 @@ def result_of(
     "What a run's metadata says about a job."
     metadata = _metadata(run)
     if metadata.get("status") not in ENDED:
-        metadata = update_metadata(run, **missing) if metadata else missing
+        metadata = _set_right(run, metadata, missing) if metadata else missing
     selection, checkpoints = metadata.get("selection") or {}, metadata.get("checkpoints") or {}
     best = checkpoints.get("best")
     return JobResult(
@@ -483,6 +483,13 @@ def result_of(
         seconds=None if seconds is None else round(seconds, 2),
         reason=metadata.get("reason"),
     )
+
+
+def _set_right(run: RunDirectory, metadata: Mapping, missing: Mapping[str, str]) -> Mapping[str, object]:
+    "Enter how a run ended; a full disk does not take it, and the table of the sweep says it all the same."
+    with suppress(OSError):
+        return update_metadata(run, **missing)
+    return {**metadata, **missing}
 
 
 def _metadata(run: RunDirectory) -> dict[str, object]:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +58,7 @@ from topoqa_nb.core import (
     TrainingError,
     now,
     plain,
+    resource_error,
     sha256_file,
     write_json,
     write_text,
@@ -431,15 +432,23 @@ def recorded(
         try:
             with interruptible():
                 yield
+            finish("completed")
         except (Interrupted, KeyboardInterrupt) as stop:
-            finish("interrupted", str(stop) or "stopped by SIGINT")
+            with suppress(
+                OSError
+            ):  # where nothing can be written, the process that is gone tells that it ended
+                finish("interrupted", str(stop) or "stopped by SIGINT")
             log.info(f"Interrupted. The last complete epoch is in {run.checkpoints / 'last.chkpt'}")
             raise
         except BaseException as problem:
             record.exception("The training failed")
-            finish("failed", " ".join(f"{type(problem).__name__}: {problem}".split()))
+            refused = resource_error(problem, TrainingError)
+            told = refused or problem
+            with suppress(OSError):
+                finish("failed", " ".join(f"{type(told).__name__}: {told}".split()))
+            if refused:
+                raise refused from problem
             raise
-        finish("completed")
 
 # %% ../nbs/16_training.ipynb #16-025
 def train(
