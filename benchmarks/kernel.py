@@ -21,9 +21,8 @@ import torch
 from graphs import EDGE_WIDTH, NODE_WIDTH
 from torch.nn import functional
 from torch_geometric.data import Batch, Data
-from torch_geometric.nn import GATv2Conv
 
-from topoqa_nb.attention import KERNELS, attend, find_numba, order_edges
+from topoqa_nb.attention import KERNELS, attend, attention_layer, find_numba, order_edges
 from topoqa_nb.model import TopoQANet, widths
 from topoqa_nb.store import list_graphs, read_graph
 
@@ -77,9 +76,7 @@ def make_batch(arguments: argparse.Namespace) -> Batch:
 def layer_pass(batch: Batch, arguments: argparse.Namespace, kernel: str) -> Callable[[], None]:
     "One attention layer, forward and backward, the order of the edges made beforehand."
     width = arguments.hidden
-    layer = GATv2Conv(
-        width, width, heads=arguments.heads, concat=False, dropout=0.25, add_self_loops=False, edge_dim=width
-    )
+    layer = attention_layer(width, arguments.heads, dropout=0.25)
     order = order_edges(batch.edge_index, batch.num_nodes, kernel, batch.edge_order)
     nodes = torch.randn(batch.num_nodes, width, requires_grad=True)
     edges = torch.randn(batch.num_edges, width, requires_grad=True)

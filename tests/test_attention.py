@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
-from torch_geometric.nn import GATv2Conv
 
 from topoqa_nb import attention
 from topoqa_nb.attention import (
@@ -23,6 +22,7 @@ from topoqa_nb.attention import (
     Attention,
     Steps,
     attend,
+    attention_layer,
     choose_kernel,
     compile_loop,
     filled_up,
@@ -47,15 +47,7 @@ EVERY = ["reference", *FAST]
 def make_case(nodes, pairs, heads=2, width=3, dropout=0.0, dtype=torch.float64, seed=0):
     "A layer in training mode with random parameters, node states, edge states and edges."
     generator = torch.Generator().manual_seed(seed)
-    conv = GATv2Conv(
-        width,
-        width,
-        heads=heads,
-        concat=False,
-        dropout=dropout,
-        add_self_loops=False,
-        edge_dim=width,
-    ).to(dtype)
+    conv = attention_layer(width, heads, dropout).to(dtype)
     with torch.no_grad():
         for parameter in conv.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))

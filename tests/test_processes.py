@@ -293,28 +293,69 @@ def test_a_server_is_closed_at_once_while_it_imports(tmp_path: Path, monkeypatch
     assert time.monotonic() - before < 30
 
 
-@linux
-def test_copies_go_on_when_their_owner_is_killed(tmp_path: Path):
-    "As plain processes do; the server itself ends."
-    code = """
+OWNER = """
 import os, time
 from pathlib import Path
 from topoqa_nb.processes import ForkServer
 server = ForkServer([])
-job = "import time; time.sleep(1); open('done', 'w').write('whole')"
-server.start(["-c", job], os.environ, Path("out"), Path("err"))
-print(server.process.pid, flush=True)
+copies = [server.start(["-c", job], os.environ, Path(f"out{number}"), Path("err")) for number, job in enumerate(JOBS)]
+print(server.process.pid, *[copy.pid for copy in copies], flush=True)
 time.sleep(60)
 """
+SAYS_LAST_WORDS = """
+import signal, subprocess, sys, time
+def stop(*_):
+    time.sleep(0.5)
+    print("last words")
+    sys.exit(3)
+signal.signal(signal.SIGTERM, stop)
+print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
+time.sleep(60)
+"""
+
+
+@linux
+@pytest.mark.parametrize("killed", ["owner", "server", "both"])
+def test_whoever_is_killed_the_copies_are_told_and_nobody_is_left(killed: str, tmp_path: Path):
+    code = OWNER.replace("JOBS", repr([SAYS_LAST_WORDS, "import time; time.sleep(60)"]))
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    number = int(owner.stdout.readline())
+    server, *copies = map(int, owner.stdout.readline().split())
+    until(lambda: (tmp_path / "out0").read_text().endswith("\n"))
+    for number in {"owner": [owner.pid], "server": [server], "both": [server, owner.pid]}[killed]:
+        os.kill(number, signal.SIGKILL)
+    if killed == "server":  # copies are told by the kernel; the owner has not looked yet
+        until(lambda: not any(map(is_running, copies)))
     owner.kill()
     owner.wait()
-    deadline = time.monotonic() + 20
-    while is_running(number) or not (tmp_path / "done").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert (tmp_path / "done").read_text() == "whole"
+    until(lambda: not any(map(is_running, [server, *copies])))
+    helper, words = (tmp_path / "out0").read_text().splitlines()
+    assert words == "last words"
+    if killed == "owner":  # the server was there to see to it
+        until(lambda: not is_running(int(helper)))
+    else:
+        os.kill(int(helper), signal.SIGKILL)
+
+
+@linux
+def test_a_copy_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path):
+    code = OWNER.replace("from pathlib", "import topoqa_nb.processes\nfrom pathlib")
+    deaf = SAYS_LAST_WORDS.replace("signal.SIGTERM, stop", "signal.SIGTERM, signal.SIG_IGN")
+    (tmp_path / "hasty.py").write_text("import topoqa_nb.processes as page; page.STOP_SECONDS = 0.5")
+    code = code.replace("JOBS", repr([deaf])).replace("ForkServer([])", "ForkServer(['hasty'])")
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    server, copy = map(int, owner.stdout.readline().split())
+    until(lambda: (tmp_path / "out0").read_text().endswith("\n"))
+    helper = int((tmp_path / "out0").read_text())
+    owner.kill()
+    owner.wait()
+    until(lambda: not any(map(is_running, [server, copy, helper])))
+
+
+@linux
+def test_a_process_whose_parent_died_before_it_asked_stops_at_once():
+    code = "import time; from topoqa_nb.processes import stop_without_parent; stop_without_parent(1)"
+    done = subprocess.run([sys.executable, "-c", f"{code}; time.sleep(60)"], timeout=30)
+    assert done.returncode == -signal.SIGTERM
 
 
 @linux

@@ -19,16 +19,19 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import is_running
 
 from topoqa_nb.config import load_config
 from topoqa_nb.core import CheckpointError, ConfigError, DataError, RunError, write_json
+from topoqa_nb.data import locate_data
 from topoqa_nb.demo import DemoPaths, write_tiny_dataset
 from topoqa_nb.hardware import available_cores
+from topoqa_nb.model import read_checkpoint
 from topoqa_nb.processes import ForkServer
-from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics
+from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics, this_process
 from topoqa_nb.store import open_store
 from topoqa_nb.sweep import (
     Job,
@@ -853,6 +856,64 @@ def test_an_interrupted_sweep_leaves_no_process_and_says_how_every_run_ended(end
     assert "not started" in text
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(folder / "runs") not in processes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start plain processes")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sweep_that_is_killed_leaves_interrupted_runs_and_no_process(
+    tmp_path: Path, demo: DemoPaths, workers: int
+):
+    shared = {"overrides": {"graph_dir": str(demo.graph_dir), "num_epochs": 100_000, "model.hidden_dim": 8}}
+    shared["overrides"] |= {"early_stopping.patience": 100_000, "dataloader.num_workers": workers}
+    manifest = write_manifest(tmp_path, demo, shared=shared, jobs=[{"name": name} for name in "ab"])
+    command = [sys.executable, "-m", "topoqa_nb.cli", "batch", "--manifest", str(manifest), "--jobs", "2"]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while (tmp_path / "out").read_text().count("Epoch 000") < 2:
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
+        time.sleep(0.2)
+    others = psutil.Process(process.pid).children(recursive=True)
+    assert len(others) >= 3 + 2 * workers
+    process.kill()
+    process.wait()
+    while any(is_running(other.pid) for other in others):
+        assert time.monotonic() < deadline, others
+        time.sleep(0.2)
+    for run in (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()):
+        metadata, rows = read_metadata(run), read_metrics(RunDirectory(run))
+        assert (metadata["status"], metadata["reason"]) == ("interrupted", "stopped by SIGTERM")
+        assert metadata["completed"]
+        last = read_checkpoint(run / "model_checkpoints" / "last.chkpt")
+        assert len(rows) - 1 <= last["epoch_row"]["epoch"] + 1
+        assert (run / "model_checkpoints" / "best.ckpt").resolve().is_file()
+
+
+@pytest.mark.usefixtures("light")
+@pytest.mark.parametrize("skip_completed", [False, True])
+def test_a_job_that_a_living_process_trains_is_not_started_beside_it(
+    tmp_path: Path, demo: DemoPaths, skip_completed: bool
+):
+    "The other jobs run. A dead process, other settings or another name are no obstacle."
+    jobs, lines = plan(tmp_path, demo, "abcd", timestamp="2030-01-01_00-00-00"), []
+
+    def earlier(job: Job, name: str, process: dict[str, object], **changes: object) -> Path:
+        settings = locate_data(job.loaded.config)[0].model_dump(mode="json") | changes
+        metadata = {"status": "running", "environment": {"process": process}}
+        path = job.run.path.parent / f"{name}_2029-01-01_00-00-00"
+        write_json(path / "run_metadata.json", metadata | {"training_parameters": settings})
+        return path
+
+    alive = earlier(jobs[0], "a", this_process())
+    earlier(jobs[1], "b", this_process() | {"started": 1.0})
+    earlier(jobs[2], "c", this_process(), model={"hidden_dim": 16})
+    earlier(jobs[3], "e", this_process())
+    found = run_jobs(jobs, command=stand_in(COMPLETES), skip_completed=skip_completed, say=lines.append)
+    assert [job.status for job in found] == ["not started", *["completed"] * 3]
+    reason = f"{alive.name} trains the same, process {os.getpid()}; wait for it, or stop it"
+    assert found.jobs[0].reason == reason
+    assert f"a | not started: {reason}" in lines
+    assert not jobs[0].run.path.exists() and not found.completed
 
 
 def test_metadata_without_a_score_make_a_row(tmp_path: Path, demo: DemoPaths):

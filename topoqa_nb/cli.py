@@ -29,7 +29,7 @@ import typer
 from typer.exceptions import TyperException
 
 from .config import HALF_CHARACTER, dump_config, find_file, load_config, parse_yaml
-from .core import ConfigError, Interrupted, TopoqaError, TrainingError, to_json
+from .core import ConfigError, Interrupted, TopoqaError, TrainingError, resource_error, to_json
 from .processes import PRELOADED, ForkServer, fast_import
 
 # %% ../nbs/23_cli.ipynb #23-006
@@ -46,6 +46,7 @@ def exit_code(
     arguments: Sequence[str],  # of the command line
 ) -> int:
     "Say what went wrong on stderr, and how the process should end."
+    problem = resource_error(problem) or problem
     if isinstance(problem, Interrupted):
         print(f"topoqa: {problem}", file=sys.stderr)
         return 128 + problem.signum

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.util import get_temp_dir
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal
 
@@ -424,6 +425,8 @@ def make_loader(
     num_workers: int = 0,  # loader processes; the batches are the same for any number
 ) -> DataLoader:  # of PyG batches with y [B] and position [B]
     "Batches of a split in an order that depends on seed and epoch alone."
+    if num_workers:
+        get_temp_dir()  # for their sockets; it goes with this process, while one of a killed worker would stay
     return DataLoader(
         _Batches(split),
         batch_size=None,

@@ -22,9 +22,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch_geometric.data import Data
-from torch_geometric.nn import GATv2Conv, global_add_pool, global_max_pool, global_mean_pool
+from torch_geometric.nn import global_add_pool, global_max_pool, global_mean_pool
 
-from .attention import EdgeOrder, attend, choose_kernel, is_low_precision, order_edges
+from topoqa_nb.attention import (
+    EdgeOrder,
+    attend,
+    attention_layer,
+    choose_kernel,
+    is_low_precision,
+    order_edges,
+)
 from .config import ModelConfig
 from .core import CheckpointError, ConfigError, SchemaError, did_you_mean
 
@@ -112,16 +119,7 @@ class InterfaceLayer(nn.Module):
         dropout: float,  # share of attention weights removed while training, in [0, 1)
     ):
         super().__init__()
-        self.attention = GATv2Conv(
-            hidden_dim,
-            hidden_dim,
-            heads=heads,
-            concat=False,  # heads are averaged
-            negative_slope=0.2,
-            dropout=dropout,
-            add_self_loops=False,
-            edge_dim=hidden_dim,  # without it PyG would leave the edges out and not say so
-        )
+        self.attention = attention_layer(hidden_dim, heads, dropout)
         self.edge_update = EdgeUpdate(hidden_dim, heads)
 
     def forward(

@@ -57,6 +57,7 @@ from topoqa_nb.core import (
     now,
     plain,
     read_json,
+    temporary_files,
     write_json,
     write_text,
 )
@@ -942,7 +943,7 @@ def run_pipeline(
     pipeline = settle(parameters)
     hold_reports(pipeline.reports_dir)
     claim_reports(pipeline)
-    with interruptible():
+    with interruptible(), temporary_files():  # a kernel that is stopped leaves its connection file
         problem = execute_notebook("full_pipeline.ipynb", pipeline.reports_dir, parameters)
     file = pipeline.reports_dir / "pipeline_summary.json"
     if not file.exists():

@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,7 @@ from topoqa_nb.core import (
     plain,
     read_json,
     remove_temporaries,
+    resource_error,
     sha256_file,
     write_json,
     write_text,
@@ -507,15 +508,23 @@ def recorded(
         try:
             with interruptible():
                 yield
+            finish("completed")
         except (Interrupted, KeyboardInterrupt) as stop:
-            finish("interrupted", str(stop) or "stopped by SIGINT")
+            with suppress(
+                OSError
+            ):  # where nothing can be written, the process that is gone tells that it ended
+                finish("interrupted", str(stop) or "stopped by SIGINT")
             log.info(f"Interrupted. {where_it_stands(run)}")
             raise
         except BaseException as problem:
             record.exception("The training failed")
-            finish("failed", " ".join(f"{type(problem).__name__}: {problem}".split()))
+            refused = resource_error(problem, TrainingError)
+            told = refused or problem
+            with suppress(OSError):
+                finish("failed", " ".join(f"{type(told).__name__}: {told}".split()))
+            if refused:
+                raise refused from problem
             raise
-        finish("completed")
 
 
 def where_it_stands(run: RunDirectory) -> str:
@@ -718,7 +727,7 @@ def drift(
         )
     return lines + (schema_differences(trained_on, data.schema) if trained_on else [])
 
-# %% ../nbs/16_training.ipynb #16-101
+# %% ../nbs/16_training.ipynb #16-201
 @dataclass(frozen=True)
 class Start:
     "Where a resumed run goes on."

@@ -1,0 +1,79 @@
+"Nothing stays in the folder for temporary files, however a command ends."
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from topoqa_nb.demo import DemoPaths, write_tiny_dataset
+
+CACHE_OF_PYTORCH = "torchinductor_"  # one folder for a user, always of the same name
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
+    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen:
+    "A command with a folder of its own for temporary files."
+    (folder / "tmp").mkdir()
+    environment = os.environ | {"TMPDIR": str(folder / "tmp")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a compiled module is a leftover, too
+    return subprocess.Popen(
+        [sys.executable, "-m", "topoqa_nb.cli", *map(str, arguments)],
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def training(folder: Path, demo: DemoPaths, epochs: int, workers: int) -> subprocess.Popen:
+    settings = {"paths.graph": demo.graph_dir, "num_epochs": epochs, "model.hidden_dim": 8}
+    settings |= {"early_stopping.patience": epochs, "dataloader.num_workers": workers}
+    overrides = [part for key, value in settings.items() for part in ("--override", f"{key}={value}")]
+    return start(folder, "run", "--config", "config.yaml", *overrides)
+
+
+def left_in(folder: Path) -> list[str]:
+    return [path.name for path in (folder / "tmp").iterdir() if not path.name.startswith(CACHE_OF_PYTORCH)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_ends_leaves_nothing(tmp_path: Path, demo: DemoPaths, workers: int):
+    process = training(tmp_path, demo, 2, workers)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.13, 0.29])
+def test_a_run_that_is_stopped_leaves_nothing(tmp_path: Path, demo: DemoPaths, seconds: float):
+    process = training(tmp_path, demo, 100_000, workers=2)
+    assert any("Epoch 000 | train" in line for line in process.stdout)
+    time.sleep(seconds)  # somewhere in an epoch
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert left_in(tmp_path) == []
+
+
+def test_validate_leaves_nothing(tmp_path: Path, demo: DemoPaths):
+    process = start(tmp_path, "validate", "--graph-dir", demo.graph_dir, "--labels", demo.train_labels)
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("line", ["sweep: running", " | started: "])
+def test_a_pipeline_that_is_stopped_leaves_nothing(tmp_path: Path, demo: DemoPaths, line: str):
+    "Its kernels have connection files, which belong to the process that was to remove them."
+    options = ["--fast-dev-run", "--graph-dir", demo.graph_dir, "--run-root", tmp_path / "runs"]
+    process = start(tmp_path, "pipeline", *options)
+    assert any(line in said for said in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert left_in(tmp_path) == []
