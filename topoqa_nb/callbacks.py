@@ -8,6 +8,7 @@ __all__ = ['log', 'record', 'QUIET_LOGGERS', 'run_logs', 'progress_marks', 'epoc
            'copy_checkpoint', 'ranking_record', 'saved_ranking', 'RankedCheckpoints']
 
 # %% ../nbs/15_callbacks.ipynb #15-003
+import io
 import logging
 import math
 import random
@@ -245,9 +246,10 @@ class LocalCheckpoints(CheckpointIO):
         storage_options: object = None,  # none are known here
     ) -> None:
         "Write beside the file, read back, rename. Raises `OSError`, and `CheckpointError` when it cannot be read back."
+        content = io.BytesIO()  # a writer of torch's that fails on a disk does not say why
+        torch.save(checkpoint, content)
         with atomic_path(path) as temporary:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+            temporary.write_bytes(content.getbuffer())
             check_written(temporary, Path(path))
 
     def load_checkpoint(
