@@ -153,7 +153,7 @@ def test_a_loader_process_that_is_killed(signum: int, tmp_path: Path, demo: Demo
     assert any("Epoch 000 | train" in line for line in process.stdout)
     psutil.Process(process.pid).children()[0].send_signal(signum)
     _, err = process.communicate()
-    assert process.returncode == 1
+    assert process.returncode == 1, err
     check_failed(tmp_path / "runs" / "a", err, "dataloader.num_workers: expected", "DataLoader worker (pid")
 
 

@@ -33,7 +33,7 @@ from topoqa_nb.attention import (
     order_edges,
 )
 from .config import ModelConfig
-from .core import CheckpointError, ConfigError, SchemaError, did_you_mean
+from .core import CheckpointError, ConfigError, SchemaError, did_you_mean, resource_error
 
 # %% ../nbs/08_model.ipynb #08-009
 @dataclass(frozen=True)
@@ -304,6 +304,8 @@ def read_checkpoint(
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a damaged pickle may raise nearly anything
+        if resource_error(problem):  # no fault of the file, such as a loader process that was killed meanwhile
+            raise
         raise unreadable(path, problem) from None
     if not isinstance(content, dict):
         raise CheckpointError(path, "a dictionary", type(content).__name__, "name a checkpoint, not a graph")
