@@ -15,6 +15,7 @@ import yaml
 from topoqa_nb.cli import main
 from topoqa_nb.demo import DemoPaths, write_tiny_dataset
 from topoqa_nb.model import read_checkpoint
+from topoqa_nb.store import open_store
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 SIZES = ["20k", "40k", "60k", "80k", "100k", "130k", "170k", "250k", "400k", "700k", "8m"]
@@ -22,7 +23,9 @@ SIZES = ["20k", "40k", "60k", "80k", "100k", "130k", "170k", "250k", "400k", "70
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
-    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
+    demo = write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
+    open_store(demo.graph_dir)  # packed before anything is limited
+    return demo
 
 
 @pytest.fixture

@@ -430,7 +430,7 @@ def test_foreign_metadata_do_not_break_the_board(root, loaded):
     }.items():
         write_json(root / name / "run_metadata.json", content)
     assert [(entry["run_name"], entry["rank"]) for entry in leaderboard(root)] == [
-        ("good", 1), ("odd", None), ("old", None), ("text", None),
+        ("good", 1), ("old", None), ("odd", None), ("text", None),
     ]  # fmt: skip
 
 

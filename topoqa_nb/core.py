@@ -227,12 +227,16 @@ def read_json(
     path: str | Path,  # the file
     error: type[TopoqaError] = DataError,  # the kind of error to raise
 ) -> object:  # its content
-    "Read a JSON file; missing or malformed is one clear line."
+    "Read a JSON file; missing, unreadable or malformed is one clear line."
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise error(path, "a JSON file", "a directory or a device", "move it away")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(path, "a JSON file", "no such file", "check the path") from None
+    except OSError as problem:
+        raise error(path, "a JSON file", problem.strerror, "see what it is, and who may read it") from None
     except (ValueError, RecursionError) as problem:  # not JSON, not UTF-8, endless digits, endless depth
         raise error(path, "valid JSON", str(problem), "repair or remove the file") from None
 

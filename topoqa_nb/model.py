@@ -304,7 +304,9 @@ def read_checkpoint(
         with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as problem:  # a damaged pickle may raise nearly anything
-        if resource_error(problem):  # no fault of the file, such as a loader process that was killed meanwhile
+        if resource_error(
+            problem
+        ):  # no fault of the file, such as a loader process that was killed meanwhile
             raise
         raise unreadable(path, problem) from None
     if not isinstance(content, dict):

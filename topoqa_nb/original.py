@@ -10,6 +10,7 @@ __all__ = ['ORIGINAL_NAMES', 'CONFIG_FILES', 'METRICS_FILES', 'CHECKPOINTS', 'SU
 # %% ../nbs/12_original.ipynb #12-003
 import io
 import math
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,7 +55,7 @@ def is_original(
     path = Path(path)
     if not any((path / name).is_file() for name in CONFIG_FILES):
         return False
-    if (path / "run_metadata.json").exists():
+    if os.path.lexists(path / "run_metadata.json"):  # a broken link, too
         try:
             metadata = read_json(path / "run_metadata.json", RunError)
         except RunError:
