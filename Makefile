@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint export lab bench
+.PHONY: help demo test test-faults lint export lab bench
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Made when it is missing, and brought up to date when the declared or pinned dependencies change.
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +29,9 @@ demo: $(STAMP) ## train the whole pipeline on synthetic data, in a fresh folder 
 test: lint ## lint, run every page, run the tests
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -n 2
+
+test-faults: $(STAMP) ## kill runs at every change of the file system, and resume them; takes a quarter of an hour
+	TOPOQA_KILL_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py
 
 lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py

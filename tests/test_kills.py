@@ -56,7 +56,7 @@ def kill_everywhere(folder: Path, begin, go_on, expected: dict, first: int = 0) 
         assert_same(state(run), expected)
         assert not list(run.path.rglob("unfinished.json"))
         shutil.rmtree(place)
-    print(f"{len(kills)} of {total} kills")
+    print(f"survived {len(kills)} kills at {total} changes")
     return len(kills)
 
 
