@@ -308,7 +308,7 @@ def remove_temporaries(
 
 # %% ../nbs/00_core.ipynb #00-204
 ROOM = "free some space, or choose another paths.save_dir"
-PLACE = "choose a place that this user may write, such as another paths.save_dir"
+PLACE = "ask for the permission, or choose another place, such as another paths.save_dir"
 WORKERS = "look for a lack of memory (of /dev/shm, too), or use fewer dataloader.num_workers"
 MEMORY = "use a smaller dataloader.batch_size, fewer dataloader.num_workers or fewer jobs at a time"
 REMEDIES = {  # of what the operating system refuses
