@@ -26,10 +26,10 @@ from graphs import SIZES, data_settings, write_data_set
 from measure import machine, quiet, ratio_line
 from original import Clock, fit
 
-from topoqa_nb import training
-from topoqa_nb.attention import find_numba
-from topoqa_nb.config import LoadedConfig, load_config
-from topoqa_nb.runs import read_metrics
+from topoqa_nb.ground.config import LoadedConfig, load_config
+from topoqa_nb.network.kernels import find_numba
+from topoqa_nb.runs.runs import read_metrics
+from topoqa_nb.training import training as training
 
 TOLERANCE = 1e-6  # of the metrics
 COMPARED = ["train_loss", "val_loss", "val_pearson_corr", "val_spearman_corr"]

@@ -22,9 +22,10 @@ from graphs import EDGE_WIDTH, NODE_WIDTH
 from torch.nn import functional
 from torch_geometric.data import Batch, Data
 
-from topoqa_nb.attention import KERNELS, attend, attention_layer, find_numba, order_edges
-from topoqa_nb.model import TopoQANet, widths
-from topoqa_nb.store import list_graphs, read_graph
+from topoqa_nb.data.graphs import list_graphs, read_graph
+from topoqa_nb.network.attention import attend, attention_layer, order_edges
+from topoqa_nb.network.kernels import KERNELS, find_numba
+from topoqa_nb.network.model import TopoQANet, widths
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 

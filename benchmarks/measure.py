@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from topoqa_nb.hardware import available_cores
+from topoqa_nb.ground.machine import available_cores
 
 
 def seconds(action: Callable[[], object]) -> float:

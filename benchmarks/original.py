@@ -27,12 +27,13 @@ from torch.utils.data import Dataset
 from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
-from topoqa_nb.attention import EdgeOrder
-from topoqa_nb.config import Config, load_config
-from topoqa_nb.data import EpochBatches
-from topoqa_nb.hardware import lightning_precision
-from topoqa_nb.model import TopoQANet, widths
-from topoqa_nb.training import window_scale
+from topoqa_nb.data.batches import EpochBatches
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.settings import Config
+from topoqa_nb.network.attention import EdgeOrder
+from topoqa_nb.network.model import TopoQANet, widths
+from topoqa_nb.training.devices import lightning_precision
+from topoqa_nb.training.module import window_scale
 
 KEPT_GRAPHS = 256
 

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
-from topoqa_nb.processes import fast_import
+from topoqa_nb.ground.machine import fast_import
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
@@ -33,8 +33,8 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
         from measure import quiet, timed
         from pytorch_lightning import Callback
 
-        from topoqa_nb import training
-        from topoqa_nb.config import load_config
+        from topoqa_nb.ground.config import load_config
+        from topoqa_nb.training import training as training
 
     class Done(Callback):
         def on_train_batch_end(self, *_: object) -> None:

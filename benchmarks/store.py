@@ -23,8 +23,10 @@ from measure import median, seconds
 from original import GraphFiles
 from torch_geometric.data import Batch
 
-from topoqa_nb.schema import resolve_schema, topoqa_node_columns
-from topoqa_nb.store import GraphStore, list_graphs, open_store
+from topoqa_nb.data.demo import topoqa_node_columns
+from topoqa_nb.data.graphs import list_graphs
+from topoqa_nb.data.schema import resolve_schema
+from topoqa_nb.data.store import GraphStore, open_store
 
 BATCH = 16
 

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 
-from topoqa_nb import attention
-from topoqa_nb.attention import (
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import ConfigError, DataError
+from topoqa_nb.network import attention as attention
+from topoqa_nb.network.attention import Attention, attend, attention_layer, order_edges
+from topoqa_nb.network.kernels import (
     LOOPS,
     STEP,
     TILE,
     TORCH_STEPS,
-    Attention,
     Steps,
-    attend,
-    attention_layer,
     choose_kernel,
     compile_loop,
     filled_up,
@@ -30,14 +31,10 @@ from topoqa_nb.attention import (
     find_onednn,
     numba_steps,
     on_arrays,
-    order_edges,
 )
-from topoqa_nb.config import load_config
-from topoqa_nb.core import ConfigError, DataError
-from topoqa_nb.demo import write_tiny_dataset
-from topoqa_nb.model import TopoQANet, widths
-from topoqa_nb.runs import read_metrics
-from topoqa_nb.training import train
+from topoqa_nb.network.model import TopoQANet, widths
+from topoqa_nb.runs.runs import read_metrics
+from topoqa_nb.training.training import train
 
 needs_numba = pytest.mark.skipif(find_numba() is None, reason="numba is not installed")
 FAST = ["torch", pytest.param("numba", marks=needs_numba)]

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from topoqa_nb.audit import Audit, Finding, as_text, audit, label_facts, load_profile, sound_labels, to_dict
-from topoqa_nb.core import DataError, to_json
-from topoqa_nb.data import read_labels
-from topoqa_nb.demo import DemoPaths, write_demo, write_tiny_dataset
+from topoqa_nb.data.audit import Audit, audit, label_facts, sound_labels
+from topoqa_nb.data.audit_graphs import Finding
+from topoqa_nb.data.audit_report import as_text, load_profile, to_dict
+from topoqa_nb.data.demo import write_demo
+from topoqa_nb.data.labels import read_labels
+from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
+from topoqa_nb.ground.core import DataError, to_json
 
 
 def graph(nodes: int = 6, edges: int = 8, *, node_width: int = 5, edge_width: int = 3, seed: int = 0) -> Data:

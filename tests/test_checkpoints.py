@@ -9,11 +9,12 @@ import pytest
 import torch
 from test_training import run_once, tiny  # noqa: F401
 
-from topoqa_nb.callbacks import LocalCheckpoints
-from topoqa_nb.core import CheckpointError
-from topoqa_nb.model import read_checkpoint
-from topoqa_nb.runs import RunDirectory, read_metadata
-from topoqa_nb.training import TopoQAModule, resume
+from topoqa_nb.ground.core import CheckpointError
+from topoqa_nb.network.weights import read_checkpoint
+from topoqa_nb.runs.record import RunDirectory, read_metadata
+from topoqa_nb.training.callbacks import LocalCheckpoints
+from topoqa_nb.training.module import TopoQAModule
+from topoqa_nb.training.resume import resume
 
 
 def started(tiny, place: Path, way: str, dropout: float) -> RunDirectory:  # noqa: F811

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from topoqa_nb.cli import joined_pairs, main, parameter_value
-from topoqa_nb.core import TrainingError
-from topoqa_nb.demo import DemoPaths, write_tiny_dataset
-from topoqa_nb.runs import find_run, read_metadata, read_metrics
+from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
+from topoqa_nb.entry import joined_pairs, main
+from topoqa_nb.ground.core import TrainingError
+from topoqa_nb.pipeline_commands import parameter_value
+from topoqa_nb.runs.record import read_metadata
+from topoqa_nb.runs.runs import find_run, read_metrics
 
 COMMANDS = ["run", "batch", "summarise", "leaderboard", "pipeline", "fine-tune", "demo-data", "config"]
 
@@ -463,7 +465,7 @@ def test_a_dry_pipeline_starts_nothing(tmp_path: Path, monkeypatch, capsys: pyte
 
 
 def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
-    from topoqa_nb.pipeline import PipelineParameters
+    from topoqa_nb.pipeline.plan import PipelineParameters
 
     assert main(["pipeline", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -8,25 +8,21 @@ import pytest
 import yaml
 
 import topoqa_nb.config as config_module
-from topoqa_nb.config import (
+from topoqa_nb.ground.config import (
     FIELDS,
     LEGACY_KEYS,
-    Config,
-    CoverageConfig,
-    TrainerConfig,
     absolute_overrides,
     config_differences,
     dump_config,
-    find_file,
-    find_shipped,
     format_overrides,
     load_config,
     parse_overrides,
-    read_yaml,
 )
-from topoqa_nb.core import ConfigError
-from topoqa_nb.ramdisk import file_settings
-from topoqa_nb.sweep import load_manifest
+from topoqa_nb.ground.core import ConfigError
+from topoqa_nb.ground.files import find_file, find_shipped, read_yaml
+from topoqa_nb.ground.settings import Config, CoverageConfig, TrainerConfig
+from topoqa_nb.ramdisk.staging import file_settings
+from topoqa_nb.sweep.manifest import load_manifest
 
 CONFIGS = find_shipped("config.yaml").parent
 MANIFESTS = find_shipped("run_core.yaml", "manifests").parent

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from topoqa_nb.core import atomic_directory, replace_link, write_json
+from topoqa_nb.ground.core import atomic_directory, replace_link, write_json
 
 
 class Alarm(Exception):

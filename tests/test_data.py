@@ -11,22 +11,21 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from torch_geometric.data import Batch
 
-from topoqa_nb.config import Config, CoverageConfig
-from topoqa_nb.core import ConfigError, DataError
-from topoqa_nb.data import (
+from topoqa_nb.data.batches import (
     check_coverage,
     coverage_report,
     data_fingerprint,
     epoch_order,
     load_split,
-    locate_data,
     make_loader,
-    match_labels,
-    read_labels,
-    target_of,
 )
-from topoqa_nb.demo import write_tiny_dataset
-from topoqa_nb.store import list_graphs, open_store
+from topoqa_nb.data.dataset import locate_data
+from topoqa_nb.data.graphs import list_graphs
+from topoqa_nb.data.labels import match_labels, read_labels, target_of
+from topoqa_nb.data.store import open_store
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.ground.core import ConfigError, DataError
+from topoqa_nb.ground.settings import Config, CoverageConfig
 
 
 @pytest.fixture(scope="module")

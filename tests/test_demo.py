@@ -14,23 +14,14 @@ from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 from scipy.stats import spearmanr
 
-from topoqa_nb import demo as demo_module
-from topoqa_nb.core import DataError
-from topoqa_nb.demo import (
-    CUTOFF,
-    ensure_demo,
-    interface_graph,
-    interface_pairs,
-    make_complex,
-    make_decoys,
-    move_ligand,
-    quality,
-    tiny_graphs,
-    write_demo,
-    write_tiny_dataset,
-)
-from topoqa_nb.schema import resolve_schema, topoqa_node_columns
-from topoqa_nb.store import list_graphs, open_store, read_graph
+from topoqa_nb.data import demo as demo_module
+from topoqa_nb.data.complexes import CUTOFF, interface_pairs, make_complex, make_decoys, move_ligand, quality
+from topoqa_nb.data.demo import ensure_demo, interface_graph, topoqa_node_columns, write_demo
+from topoqa_nb.data.graphs import list_graphs, read_graph
+from topoqa_nb.data.schema import resolve_schema
+from topoqa_nb.data.store import open_store
+from topoqa_nb.data.tiny import tiny_graphs, write_tiny_dataset
+from topoqa_nb.ground.core import DataError
 
 
 @pytest.fixture(scope="module")

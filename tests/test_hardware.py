@@ -13,14 +13,14 @@ import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CPUAccelerator
 
-from topoqa_nb import hardware
-from topoqa_nb.attention import choose_kernel
-from topoqa_nb.config import Config, TrainerConfig, load_config
-from topoqa_nb.core import ConfigError, to_json
-from topoqa_nb.hardware import (
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import ConfigError, to_json
+from topoqa_nb.ground.machine import PARALLEL_VARIABLE, available_cores, thread_count
+from topoqa_nb.ground.settings import Config, TrainerConfig
+from topoqa_nb.network.kernels import choose_kernel
+from topoqa_nb.training import devices as hardware
+from topoqa_nb.training.devices import (
     FALLBACK,
-    PARALLEL_VARIABLE,
-    available_cores,
     check_device,
     configured_use,
     device_notes,
@@ -29,7 +29,6 @@ from topoqa_nb.hardware import (
     keep_freed_memory,
     lightning_precision,
     report_text,
-    thread_count,
     torch_threads,
 )
 

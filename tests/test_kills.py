@@ -12,9 +12,9 @@ import torch
 from kills import killed_at
 from test_training import run_once, tiny  # noqa: F401
 
-from topoqa_nb.model import read_checkpoint
-from topoqa_nb.runs import RunDirectory, read_metadata
-from topoqa_nb.training import resume
+from topoqa_nb.network.weights import read_checkpoint
+from topoqa_nb.runs.record import RunDirectory, read_metadata
+from topoqa_nb.training.resume import resume
 
 EVERY = int(os.environ.get("TOPOQA_KILL_EVERY", "17"))  # 1: at every change
 

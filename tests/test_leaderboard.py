@@ -7,23 +7,15 @@ import sys
 
 import pytest
 
-from topoqa_nb import cli
-from topoqa_nb.config import load_config
-from topoqa_nb.core import RunError
-from topoqa_nb.runs import (
-    append_metrics,
-    archive,
-    by_config,
-    create_run,
-    environment,
-    find_run,
-    leaderboard,
-    progress,
-    read_metadata,
-    read_metrics,
-    this_process,
-    update_metadata,
-)
+from topoqa_nb import cli as cli
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import RunError
+from topoqa_nb.ground.machine import this_process
+from topoqa_nb.runs.leaderboard import by_config, leaderboard
+from topoqa_nb.runs.progress import progress
+from topoqa_nb.runs.record import read_metadata, update_metadata
+from topoqa_nb.runs.runs import append_metrics, archive, create_run, find_run, read_metrics
+from topoqa_nb.training.devices import environment
 
 
 @pytest.fixture
@@ -344,10 +336,12 @@ def test_summarise_says_what_is_left(root, capsys):
 
 
 def test_a_run_whose_checkpoints_are_gone_or_whose_metrics_are_cut_is_named(tmp_path):
-    from topoqa_nb.config import load_config
-    from topoqa_nb.core import CheckpointError, RunError
-    from topoqa_nb.monitor import snapshot
-    from topoqa_nb.runs import append_metrics, create_run, summarise, update_metadata
+    from topoqa_nb.ground.config import load_config
+    from topoqa_nb.ground.core import CheckpointError, RunError
+    from topoqa_nb.runs.leaderboard import summarise
+    from topoqa_nb.runs.monitor import snapshot
+    from topoqa_nb.runs.record import update_metadata
+    from topoqa_nb.runs.runs import append_metrics, create_run
 
     loaded = load_config(None, {"paths.save_dir": tmp_path})
     row = {

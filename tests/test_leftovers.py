@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from topoqa_nb.demo import DemoPaths, write_tiny_dataset
+from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
 
 CACHE_OF_PYTORCH = "torchinductor_"  # one folder for a user, always of the same name
 

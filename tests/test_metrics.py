@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
 
-from topoqa_nb.core import DataError
-from topoqa_nb.metrics import mse, pearson, ranking_loss, regression_metrics, spearman
+from topoqa_nb.ground.core import DataError
+from topoqa_nb.network.metrics import mse, pearson, ranking_loss, regression_metrics, spearman
 
 
 @pytest.fixture(params=range(20))

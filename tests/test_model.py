@@ -14,17 +14,9 @@ from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GATv2Conv
 
-from topoqa_nb.core import CheckpointError, ConfigError, SchemaError
-from topoqa_nb.model import (
-    EdgeUpdate,
-    TopoQANet,
-    load_foreign_weights,
-    load_weights,
-    pool,
-    published_names,
-    read_checkpoint,
-    widths,
-)
+from topoqa_nb.ground.core import CheckpointError, ConfigError, SchemaError
+from topoqa_nb.network.model import EdgeUpdate, TopoQANet, pool, widths
+from topoqa_nb.network.weights import load_foreign_weights, load_weights, published_names, read_checkpoint
 
 NODE_WIDTH, EDGE_WIDTH = 5, 3
 POOLINGS = ("mean", "add", "max")

@@ -13,21 +13,16 @@ import time
 import pytest
 from rich.console import Console
 
-from topoqa_nb import monitor as page
-from topoqa_nb.config import load_config
-from topoqa_nb.core import RunError
-from topoqa_nb.monitor import change_line, duration, left_text, monitor, snapshot, snapshots, view
-from topoqa_nb.runs import (
-    METRIC_COLUMNS,
-    RunDirectory,
-    append_metrics,
-    create_run,
-    read_metadata,
-    read_metrics,
-    this_process,
-    update_metadata,
-)
-from topoqa_nb.selection import candidate, update_links
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.console import duration
+from topoqa_nb.ground.core import RunError
+from topoqa_nb.ground.machine import this_process
+from topoqa_nb.runs import monitor as page
+from topoqa_nb.runs.monitor import change_line, monitor, snapshot, snapshots, view
+from topoqa_nb.runs.progress import left_text
+from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
+from topoqa_nb.runs.runs import METRIC_COLUMNS, append_metrics, create_run, read_metrics
+from topoqa_nb.runs.selection import candidate, update_links
 
 TRAINER = """
 import sys, time
@@ -159,7 +154,7 @@ def test_waiting_of_early_stopping_is_that_of_lightning(tmp_path):
     import torch
     from pytorch_lightning.callbacks import EarlyStopping
 
-    from topoqa_nb.runs import idle_epochs
+    from topoqa_nb.runs.progress import idle_epochs
 
     generator = torch.Generator().manual_seed(0)
     for min_delta in (0.0, 0.1):

@@ -12,10 +12,11 @@ import nbformat
 import papermill
 import pytest
 
-from topoqa_nb.core import TrainingError, read_json, write_text
-from topoqa_nb.demo import write_tiny_dataset
-from topoqa_nb.pipeline import STAGES, PipelineParameters, run_pipeline
-from topoqa_nb.selection import best_checkpoint
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.ground.core import TrainingError, read_json, write_text
+from topoqa_nb.pipeline.pipeline import run_pipeline
+from topoqa_nb.pipeline.plan import STAGES, PipelineParameters
+from topoqa_nb.runs.selection import best_checkpoint
 
 PIPELINES = Path(__file__).resolve().parent.parent / "pipelines"
 NAMES = [*STAGES, "full_pipeline"]

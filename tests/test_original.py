@@ -14,23 +14,13 @@ from original_stack import (
     write_original_run,
 )
 
-from topoqa_nb.config import load_config
-from topoqa_nb.core import RunError, TopoqaError, write_json
-from topoqa_nb.monitor import change_line, snapshot
-from topoqa_nb.original import adopt, is_original, joined_epochs, metrics_files, read_table
-from topoqa_nb.runs import (
-    METRIC_COLUMNS,
-    archive,
-    best_score,
-    create_run,
-    find_run,
-    leaderboard,
-    list_runs,
-    read_metadata,
-    read_metrics,
-    summarise,
-    update_metadata,
-)
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import RunError, TopoqaError, write_json
+from topoqa_nb.runs.leaderboard import best_score, leaderboard, summarise
+from topoqa_nb.runs.monitor import change_line, snapshot
+from topoqa_nb.runs.original import adopt, is_original, joined_epochs, metrics_files, read_table
+from topoqa_nb.runs.record import read_metadata, update_metadata
+from topoqa_nb.runs.runs import METRIC_COLUMNS, archive, create_run, find_run, list_runs, read_metrics
 
 BEST = LOSSES[4] - CORRELATIONS[4]  # of one epoch's values; the name says 0.060 - 0.68
 

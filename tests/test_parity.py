@@ -8,8 +8,8 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
-from topoqa_nb.attention import KERNELS, find_numba
-from topoqa_nb.model import load_foreign_weights, published_names
+from topoqa_nb.network.kernels import KERNELS, find_numba
+from topoqa_nb.network.weights import load_foreign_weights, published_names
 
 VARIANTS = {"linear_11d_h8": "mean", "mlp_11d_h8": "mean", "mlp_24d_h4": "add"}
 

@@ -10,29 +10,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from topoqa_nb import pipeline as pipeline_module
-from topoqa_nb.core import CheckpointError, ConfigError, RunError, TrainingError, held, read_json, write_text
-from topoqa_nb.demo import write_tiny_dataset
-from topoqa_nb.pipeline import (
+from topoqa_nb.data.dataset import open_data
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.ground.core import (
+    CheckpointError,
+    ConfigError,
+    RunError,
+    TrainingError,
+    held,
+    read_json,
+    write_text,
+)
+from topoqa_nb.ground.signals import Interrupted
+from topoqa_nb.pipeline import pipeline as pipeline_module
+from topoqa_nb.pipeline.pipeline import check_parameters, execute_stage, injected_names, run_pipeline
+from topoqa_nb.pipeline.plan import (
     DEMO_PHASES,
     PipelineParameters,
     absolute_parameters,
-    check_parameters,
-    execute_stage,
-    finish,
-    injected_names,
     open_pipeline,
-    phase1_stage,
-    phase2_stage,
     pipeline_parameters,
     plan_pipeline,
-    read_stage,
-    run_pipeline,
-    sweep_stage,
 )
-from topoqa_nb.runs import create_run, update_metadata
-from topoqa_nb.sweep import JobResult, SweepResult
-from topoqa_nb.training import Interrupted, open_data
+from topoqa_nb.pipeline.stage_record import read_stage
+from topoqa_nb.pipeline.stages import finish, phase1_stage, phase2_stage, sweep_stage
+from topoqa_nb.runs.record import update_metadata
+from topoqa_nb.runs.runs import create_run
+from topoqa_nb.sweep.jobs import JobResult, SweepResult
 
 MANIFEST = """
 shared: {overrides: {trainer.num_epochs: 2}}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import is_running
 
-from topoqa_nb.core import RunError
-from topoqa_nb.processes import PRELOADED, Forked, ForkServer
+from topoqa_nb.ground.core import RunError
+from topoqa_nb.sweep.processes import PRELOADED, Forked, ForkServer
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems start plain processes")
 

@@ -15,36 +15,40 @@ import nbformat
 import psutil
 import pytest
 
-from topoqa_nb import ramdisk
-from topoqa_nb.config import find_shipped
-from topoqa_nb.core import ConfigError, DataError, RunError, TrainingError, read_json, write_json, write_text
-from topoqa_nb.demo import DemoPaths, write_tiny_dataset
-from topoqa_nb.pipeline import DEMO_PHASES, settle
-from topoqa_nb.ramdisk import (
-    OWNER,
-    SHM,
+from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
+from topoqa_nb.ground.core import (
+    ConfigError,
+    DataError,
+    RunError,
+    TrainingError,
+    read_json,
+    write_json,
+    write_text,
+)
+from topoqa_nb.ground.files import find_shipped
+from topoqa_nb.ground.machine import cached_fraction, filesystem_type, free_memory
+from topoqa_nb.ground.signals import Interrupted
+from topoqa_nb.pipeline.plan import DEMO_PHASES, settle
+from topoqa_nb.ramdisk import ramdisk as ramdisk
+from topoqa_nb.ramdisk.modes import asked_pipeline, check_place, settled_parameters
+from topoqa_nb.ramdisk.ramdisk import compare, open_comparison, write_report
+from topoqa_nb.ramdisk.ramdisk_report import conclusion
+from topoqa_nb.ramdisk.staging import (
     RamdiskSettings,
-    asked_pipeline,
-    cached_fraction,
-    check_place,
-    compare,
-    conclusion,
     copy_verified,
     file_settings,
-    filesystem_type,
     find_source,
-    find_volumes,
-    free_memory,
-    marked_processes,
-    open_comparison,
-    ram_volume,
     ramdisk_settings,
-    remove_leftovers,
-    settled_parameters,
-    stop_processes,
-    write_report,
 )
-from topoqa_nb.training import Interrupted
+from topoqa_nb.ramdisk.volume import (
+    OWNER,
+    SHM,
+    find_volumes,
+    marked_processes,
+    ram_volume,
+    remove_leftovers,
+    stop_processes,
+)
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "pipelines" / "ramdisk_comparison.ipynb"
 needs_shm = pytest.mark.skipif(

@@ -8,27 +8,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from topoqa_nb.data import load_split
-from topoqa_nb.demo import write_tiny_dataset
-from topoqa_nb.reports import (
-    baseline_scores,
+from topoqa_nb.data.batches import load_split
+from topoqa_nb.data.schema import resolve_schema
+from topoqa_nb.data.store import open_store
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.network.metrics import baseline_scores, pooled_features
+from topoqa_nb.pipeline.figures import plot_labels, plot_learning_curves, plot_phases, plot_predictions
+from topoqa_nb.pipeline.reports import (
     comparison_table,
     dataset_table,
     evaluation_table,
     metrics_table,
     phases_table,
-    plot_labels,
-    plot_learning_curves,
-    plot_phases,
-    plot_predictions,
-    pooled_features,
     runs_table,
     schema_table,
     show,
     winner_sentence,
 )
-from topoqa_nb.schema import resolve_schema
-from topoqa_nb.store import open_store
 
 
 def record(name, score, **changes):

@@ -12,10 +12,10 @@ import psutil
 import pytest
 import yaml
 
-from topoqa_nb.cli import main
-from topoqa_nb.demo import DemoPaths, write_tiny_dataset
-from topoqa_nb.model import read_checkpoint
-from topoqa_nb.store import open_store
+from topoqa_nb.data.store import open_store
+from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
+from topoqa_nb.entry import main
+from topoqa_nb.network.weights import read_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 SIZES = ["20k", "40k", "60k", "80k", "100k", "130k", "170k", "250k", "400k", "700k", "8m"]

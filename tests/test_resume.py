@@ -8,11 +8,17 @@ import pytest
 import torch
 from test_training import run_once, start_slow_run, tiny  # noqa: F401
 
-from topoqa_nb.config import load_config
-from topoqa_nb.core import CheckpointError, ConfigError, Interrupted, RunError, held
-from topoqa_nb.model import read_checkpoint
-from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics, this_process, update_metadata
-from topoqa_nb.training import TopoQAModule, open_data, resume, train
+from topoqa_nb.data.dataset import open_data
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import CheckpointError, ConfigError, RunError, held
+from topoqa_nb.ground.machine import this_process
+from topoqa_nb.ground.signals import Interrupted
+from topoqa_nb.network.weights import read_checkpoint
+from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
+from topoqa_nb.runs.runs import read_metrics
+from topoqa_nb.training.module import TopoQAModule
+from topoqa_nb.training.resume import resume
+from topoqa_nb.training.training import train
 
 
 def weights(run):

@@ -13,30 +13,26 @@ import pandas as pd
 import pytest
 import yaml
 
-from topoqa_nb import runs
-from topoqa_nb.config import load_config
-from topoqa_nb.core import RunError, write_json, write_text
-from topoqa_nb.runs import (
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import RunError, write_json, write_text
+from topoqa_nb.ground.machine import git_state
+from topoqa_nb.runs import runs as runs
+from topoqa_nb.runs.leaderboard import best_score, leaderboard, summarise
+from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
+from topoqa_nb.runs.runs import (
     METRIC_COLUMNS,
-    RunDirectory,
     append_metrics,
     best_epoch,
-    best_score,
     check_run_name,
     create_run,
     default_run_name,
-    environment,
     find_run,
-    git_state,
-    leaderboard,
     list_runs,
-    read_metadata,
     read_metrics,
-    summarise,
     update_best,
-    update_metadata,
 )
-from topoqa_nb.selection import candidate, update_links
+from topoqa_nb.runs.selection import candidate, update_links
+from topoqa_nb.training.devices import environment
 
 SECTIONS = [
     "run_name", "identity", "status", "created", "completed", "reason", "command", "source_config", "overrides", "notes",

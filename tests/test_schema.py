@@ -11,18 +11,11 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from topoqa_nb import schema as schema_module
-from topoqa_nb.core import DataError, SchemaError, to_json
-from topoqa_nb.schema import (
-    EdgeSchema,
-    FeatureSchema,
-    NodeSchema,
-    feature_groups,
-    resolve_schema,
-    schema_differences,
-    topoqa_node_columns,
-)
-from topoqa_nb.store import GraphStore, open_store
+from topoqa_nb.data import schema as schema_module
+from topoqa_nb.data.demo import feature_groups, topoqa_node_columns
+from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema, resolve_schema, schema_differences
+from topoqa_nb.data.store import GraphStore, open_store
+from topoqa_nb.ground.core import DataError, SchemaError, to_json
 
 COLUMNS = ["rasa", "phi", "psi", "AA_0"]
 NAMES = ["A/A_0", "A/A_1", "B/B_0"]

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from topoqa_nb.core import write_text
-from topoqa_nb.demo import write_tiny_dataset
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.ground.core import write_text
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topoqa_nb.core import CheckpointError, ConfigError, RunError
-from topoqa_nb.selection import (
+from topoqa_nb.ground.core import CheckpointError, ConfigError, RunError
+from topoqa_nb.runs.selection import (
     METRICS,
     Candidate,
     SelectionRule,

@@ -21,9 +21,10 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
-from topoqa_nb import store as store_module
-from topoqa_nb.core import DataError, SchemaError
-from topoqa_nb.store import GraphStore, list_graphs, open_store, read_graph
+from topoqa_nb.data import store as store_module
+from topoqa_nb.data.graphs import list_graphs, read_graph
+from topoqa_nb.data.store import GraphStore, open_store
+from topoqa_nb.ground.core import DataError, SchemaError
 
 TENSORS = ("x", "edge_index", "edge_attr", "batch", "ptr")
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forked processes are used on Linux only")

@@ -24,31 +24,21 @@ import pytest
 import yaml
 from conftest import is_running
 
-from topoqa_nb.config import load_config
-from topoqa_nb.core import CheckpointError, ConfigError, DataError, RunError, write_json
-from topoqa_nb.data import locate_data
-from topoqa_nb.demo import DemoPaths, write_tiny_dataset
-from topoqa_nb.hardware import available_cores
-from topoqa_nb.model import read_checkpoint
-from topoqa_nb.processes import ForkServer
-from topoqa_nb.runs import RunDirectory, read_metadata, read_metrics, this_process
-from topoqa_nb.store import open_store
-from topoqa_nb.sweep import (
-    Job,
-    SweepInterrupted,
-    SweepResult,
-    child_environment,
-    completed_before,
-    job_slots,
-    load_manifest,
-    plan_jobs,
-    result_of,
-    results_table,
-    run_figures,
-    run_jobs,
-    training_command,
-)
-from topoqa_nb.training import Interrupted
+from topoqa_nb.data.dataset import locate_data
+from topoqa_nb.data.store import open_store
+from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import CheckpointError, ConfigError, DataError, RunError, write_json
+from topoqa_nb.ground.machine import available_cores, this_process
+from topoqa_nb.ground.signals import Interrupted
+from topoqa_nb.network.weights import read_checkpoint
+from topoqa_nb.runs.record import RunDirectory, read_metadata
+from topoqa_nb.runs.runs import read_metrics
+from topoqa_nb.sweep.jobs import SweepResult, child_environment, job_slots, result_of, results_table
+from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs, training_command
+from topoqa_nb.sweep.processes import ForkServer
+from topoqa_nb.sweep.sweep import SweepInterrupted, completed_before, run_jobs
+from topoqa_nb.sweep.table import run_figures
 
 # What a sweep expects of a training's process, without a training.
 STAND_IN = """

@@ -16,31 +16,24 @@ pytest.importorskip("mlflow")
 
 from mlflow import MlflowClient
 
-from topoqa_nb import tracking
-from topoqa_nb.config import MlflowConfig, load_config
-from topoqa_nb.core import ConfigError, write_json, write_text
-from topoqa_nb.demo import write_tiny_dataset
-from topoqa_nb.runs import (
-    METRIC_COLUMNS,
-    RunDirectory,
-    append_metrics,
-    create_run,
-    read_metadata,
-    read_metrics,
-    update_metadata,
-)
-from topoqa_nb.selection import candidate, update_links
-from topoqa_nb.tracking import (
-    PARENT_VARIABLE,
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import ConfigError, write_json, write_text
+from topoqa_nb.ground.settings import MlflowConfig
+from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
+from topoqa_nb.runs.runs import METRIC_COLUMNS, append_metrics, create_run, read_metrics
+from topoqa_nb.runs.selection import candidate, update_links
+from topoqa_nb.training import tracking as tracking
+from topoqa_nb.training.mlflow_run import PARENT_VARIABLE
+from topoqa_nb.training.mlflow_store import (
     check_tracking,
     database_file,
     make_database,
     old_store_note,
-    open_sweep_run,
-    open_tracker,
     store_uri,
 )
-from topoqa_nb.training import train
+from topoqa_nb.training.tracking import open_sweep_run, open_tracker
+from topoqa_nb.training.training import train
 
 LOSSES = [0.090, 0.075, 0.066, 0.060]
 

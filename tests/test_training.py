@@ -15,13 +15,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from topoqa_nb.config import load_config
-from topoqa_nb.core import CheckpointError, ConfigError, DataError, TrainingError
-from topoqa_nb.demo import ensure_demo, write_tiny_dataset
-from topoqa_nb.metrics import spearman
-from topoqa_nb.model import build_model, read_checkpoint
-from topoqa_nb.runs import METRIC_COLUMNS, RunDirectory, read_metadata, read_metrics
-from topoqa_nb.training import check_batch_limits, open_data, predict_split, resume, train
+from topoqa_nb.data.dataset import open_data
+from topoqa_nb.data.demo import ensure_demo
+from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import CheckpointError, ConfigError, DataError, TrainingError
+from topoqa_nb.network.metrics import spearman
+from topoqa_nb.network.model import build_model
+from topoqa_nb.network.weights import read_checkpoint
+from topoqa_nb.runs.record import RunDirectory, read_metadata
+from topoqa_nb.runs.runs import METRIC_COLUMNS, read_metrics
+from topoqa_nb.training.module import predict_split
+from topoqa_nb.training.resume import resume
+from topoqa_nb.training.training import check_batch_limits, train
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +98,7 @@ def test_the_last_accumulation_window_is_a_mean_over_itself(tiny, tmp_path):
     )
     config = load_config(run.config_file).config
     data = open_data(config)
-    from topoqa_nb.data import make_loader
+    from topoqa_nb.data.batches import make_loader
 
     torch.manual_seed(config.dataloader.seed)
     model = build_model(data.schema, config.model).train()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from topoqa_nb.cli import main
-from topoqa_nb.config import load_config
-from topoqa_nb.core import write_json
-from topoqa_nb.runs import METRIC_COLUMNS, append_metrics, create_run, read_metadata, update_metadata
+from topoqa_nb.entry import main
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.ground.core import write_json
+from topoqa_nb.runs.record import read_metadata, update_metadata
+from topoqa_nb.runs.runs import METRIC_COLUMNS, append_metrics, create_run
 
 SCALARS = {
     "a list": [],
