@@ -5,7 +5,9 @@ happen in a copy, so a check never changes the tree it looks at and uncommitted 
 """
 
 import ast
+import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,8 +23,25 @@ REFRESH = "run `make export`"
 
 
 def notebooks(root: Path, *folders: str) -> list[Path]:
-    "The notebooks directly inside the given folders, sorted."
-    return sorted(path for folder in folders for path in (root / folder).glob("*.ipynb"))
+    "The notebooks inside the given folders and their chapters, in the order of reading."
+    found = (path for folder in folders for path in (root / folder).rglob("*.ipynb"))
+    return sorted((path for path in found if ".ipynb_checkpoints" not in path.parts), key=page_order)
+
+
+def page_order(page: Path) -> tuple[float, str, str]:
+    "The number of a page, such as 18a, as something to compare; pages without one come first."
+    number = re.match(r"(\d+)([a-z]*)_", page.name)
+    return (int(number[1]), number[2], str(page)) if number else (-1, "", str(page))
+
+
+def is_numbered(page: Path) -> bool:
+    "Whether it is a page of a chapter; the index and helpers are not."
+    return page_order(page)[0] >= 0
+
+
+def modules(root: Path) -> list[Path]:
+    "The files of the package, sorted; what it carries as data is not among them."
+    return sorted(path for path in (root / PACKAGE).rglob("*.py") if "_data" not in path.parts)
 
 
 def code_cells(notebook: Path) -> list[str]:
@@ -56,9 +75,10 @@ def regenerated(root: Path) -> Iterator[Path]:
         for name in ("settings.ini", "pyproject.toml"):
             shutil.copy(root / name, copy / name)
         for name in ("nbs", "pipelines"):
-            (copy / name).mkdir()
             for notebook in notebooks(root, name):
-                shutil.copy(notebook, copy / name)
+                place = copy / notebook.relative_to(root)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(notebook, place)
         (copy / PACKAGE).mkdir()
         if (root / PACKAGE / "__init__.py").exists():
             shutil.copy(root / PACKAGE / "__init__.py", copy / PACKAGE)
@@ -71,7 +91,7 @@ def regenerated(root: Path) -> Iterator[Path]:
 
 def contents(root: Path) -> dict[str, bytes]:
     "What cleaning and exporting may write: relative path -> bytes."
-    files = notebooks(root, "nbs", "pipelines") + sorted((root / PACKAGE).glob("*.py"))
+    files = notebooks(root, "nbs", "pipelines") + modules(root)
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
@@ -96,11 +116,11 @@ def check_clean_and_export(root: Path) -> list[str]:
 def check_module_pages(root: Path) -> list[str]:
     "Every module names, in its first lines, a page that exists."
     problems = []
-    for module in sorted((root / PACKAGE).glob("*.py")):
+    for module in modules(root):
         if module.stem in GENERATED:
             continue
         found = re.search(r"File to edit: (\S+\.ipynb)", module.read_text(encoding="utf-8"))
-        name = f"{PACKAGE}/{module.name}"
+        name = module.relative_to(root)
         if not found:
             problems.append(f"{name}: names no page; write it as a page in nbs/, never by hand")
         elif not (module.parent / found[1].rstrip(".")).exists():
@@ -111,7 +131,7 @@ def check_module_pages(root: Path) -> list[str]:
 
 
 def exported_modules(root: Path) -> dict[str, Path]:
-    "Module name -> the page that exports it."
+    "Dotted module name below the package -> the page that exports it."
     pages = {}
     for page in notebooks(root, "nbs"):
         for source in code_cells(page):
@@ -126,24 +146,90 @@ def imported_modules(notebook: Path) -> set[str]:
     for node in syntax(notebook):
         if isinstance(node, ast.Import):
             dotted |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
-            dotted |= {f"{PACKAGE}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            dotted.add(node.module)
-    return {name.split(".")[1] for name in dotted if name.startswith(f"{PACKAGE}.")}
+            dotted |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name.removeprefix(f"{PACKAGE}.") for name in dotted if name.startswith(f"{PACKAGE}.")}
 
 
 def check_import_order(root: Path) -> list[str]:
     "A numbered page imports only modules of earlier pages."
     pages, problems = exported_modules(root), []
     for page in notebooks(root, "nbs"):
-        if not page.name[0].isdigit():
+        if not is_numbered(page):
             continue  # the index introduces every page
         for module in sorted(imported_modules(page) & pages.keys()):
-            if pages[module].name >= page.name:
+            if page_order(pages[module]) >= page_order(page):
                 problems.append(
-                    f"nbs/{page.name}: imports {module} of {pages[module].name}; "
+                    f"{page.relative_to(root)}: imports {module} of {pages[module].name}; "
                     "import only from earlier pages, or move the page"
+                )
+    return problems
+
+
+LONGEST_CELL, LONGEST_PAGE = 40, 430  # exported lines
+
+
+def check_lengths(root: Path) -> list[str]:
+    "A cell exports one idea, a page answers one question; both are short."
+    problems = []
+    for page in notebooks(root, "nbs"):
+        name = page.relative_to(root)
+        exported = [source for source in code_cells(page) if re.match(r"#\|\s*export\b", source)]
+        lengths = [source.count("\n") + (not source.endswith("\n")) - 1 for source in exported]
+        for source, length in zip(exported, lengths, strict=True):
+            if length > LONGEST_CELL and not is_only_imports(source):
+                first = re.search(r"^(?:def|class|\w+ *=)[^(:=]*", source, flags=re.MULTILINE)
+                where = first[0].strip() if first else "a cell"
+                problems.append(
+                    f"{name}: {where} stands in a cell of {length} exported lines; cut it at {LONGEST_CELL}"
+                )
+        if sum(lengths) > LONGEST_PAGE:
+            problems.append(f"{name}: exports {sum(lengths)} lines; make two pages of it at {LONGEST_PAGE}")
+    return problems
+
+
+def is_only_imports(source: str) -> bool:
+    "Whether a cell holds imports alone, which may be many."
+    with contextlib.suppress(SyntaxError):
+        return all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(source).body)
+    return False
+
+
+def check_prose(root: Path) -> list[str]:
+    "A page has a title and a subtitle, says in the end what it promises, and leads to the next one."
+    pages = [page for page in notebooks(root, "nbs") if is_numbered(page)]
+    problems = []
+    for page, following in zip(pages, [*pages[1:], None], strict=True):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"] or [""]
+        name = page.relative_to(root)
+        if not re.match(r"# \S.*\n> \S", texts[0]):
+            problems.append(
+                f"{name}: begins without `# Title` and `> subtitle`; write them in its first cell"
+            )
+        if "**What this page promises.**" not in texts[-1]:
+            problems.append(
+                f"{name}: does not end with `**What this page promises.**`; write it in its last cell"
+            )
+        target = os.path.relpath(following, page.parent) if following else None
+        led = re.search(r"^Next: .*\]\(([^)]+\.ipynb)\)", texts[-1], flags=re.MULTILINE)
+        if following and (not led or led[1] != target):
+            problems.append(
+                f"{name}: leads to {led[1] if led else 'no page'}; write `Next: [...]({target}).`"
+            )
+    return problems
+
+
+def check_links(root: Path) -> list[str]:
+    "Every link from a page to a notebook meets one."
+    problems = []
+    for page in notebooks(root, "nbs"):
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        for target in re.findall(r"\]\(([^):#\s]+\.ipynb)", text):
+            if not (page.parent / target).is_file():
+                problems.append(
+                    f"{page.relative_to(root)}: links to {target}, which does not exist; correct it"
                 )
     return problems
 
@@ -226,6 +312,9 @@ CHECKS = (
     check_clean_and_export,
     check_module_pages,
     check_import_order,
+    check_lengths,
+    check_prose,
+    check_links,
     check_pipelines_define_nothing,
     check_outputs,
     check_ruff,

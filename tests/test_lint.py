@@ -24,20 +24,28 @@ def load_lint() -> ModuleType:
 lint = load_lint()
 
 
-def write_notebook(path: Path, *sources: str, tags: list[str] | None = None) -> None:
-    "A notebook of code cells; `tags` go to the first one."
+def write_notebook(path: Path, *sources: str, tags: list[str] | None = None, leads_to: str = "") -> None:
+    "A notebook of code cells; `tags` go to the first one, `leads_to` to the end of a page."
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     if tags:
         cells[0].metadata["tags"] = tags
+    if path.name[0].isdigit():
+        cells = [nbformat.v4.new_markdown_cell(f"# {path.stem}\n> A page."), *cells]
+        cells.append(
+            nbformat.v4.new_markdown_cell(f"**What this page promises.** Little.\n\n{leads_to}".strip())
+        )
     kernel = {"name": "python3", "display_name": "python3", "language": "python"}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
 
 
 def add_cell(root: Path, notebook: str, source: str) -> None:
     "Append a code cell, as an editor would."
     content = nbformat.read(root / notebook, as_version=4)
-    content.cells.append(nbformat.v4.new_code_cell(source))
+    content.cells.insert(
+        -1 if content.cells[-1].cell_type == "markdown" else len(content.cells),
+        nbformat.v4.new_code_cell(source),
+    )
     nbformat.write(content, root / notebook)
 
 
@@ -49,9 +57,15 @@ def sound_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("settings.ini", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, root)
     scale = "#| export\ndef scale(\n    width: float,  # metres\n) -> float:\n    return 2 * width"
-    write_notebook(root / "nbs" / "00_first.ipynb", "#| default_exp first", scale, "scale(2.0)")
-    use = "#| export\nfrom topoqa_nb.first import scale\n\nDOUBLE = scale(1.0)"
-    write_notebook(root / "nbs" / "01_second.ipynb", "#| default_exp second", use)
+    write_notebook(
+        root / "nbs" / "0_ground" / "00_first.ipynb",
+        "#| default_exp ground.first",
+        scale,
+        "scale(2.0)",
+        leads_to="Next: [more](../1_data/01_second.ipynb).",
+    )
+    use = "#| export\nfrom topoqa_nb.ground.first import scale\n\nDOUBLE = scale(1.0)"
+    write_notebook(root / "nbs" / "1_data" / "01_second.ipynb", "#| default_exp data.second", use)
     write_notebook(
         root / "pipelines" / "flow.ipynb", "graph_dir = None", "print(graph_dir)", tags=["parameters"]
     )
@@ -79,7 +93,7 @@ def test_a_sound_tree_passes(check: Callable, tree: Path):
 
 
 def test_lint_changes_nothing_and_repeats_itself(tree: Path, capsys: pytest.CaptureFixture):
-    add_cell(tree, "nbs/00_first.ipynb", "#| export\ndef  half(width): return width / 2")
+    add_cell(tree, "nbs/0_ground/00_first.ipynb", "#| export\ndef  half(width): return width / 2")
     before = snapshot(tree)
     outputs = []
     for _ in range(2):
@@ -103,32 +117,37 @@ def test_cleaning_keeps_the_parameters_tag(tree: Path):
 
 
 def test_a_module_edited_by_hand(tree: Path):
-    with (tree / lint.PACKAGE / "first.py").open("a") as module:
+    with (tree / lint.PACKAGE / "ground" / "first.py").open("a") as module:
         module.write("EXTRA = 1\n")
     assert lint.check_clean_and_export(tree) == [
-        "topoqa_nb/first.py: differs from its page; run `make export`"
+        "topoqa_nb/ground/first.py: differs from its page; run `make export`"
     ]
 
 
 def test_a_module_that_was_never_exported(tree: Path):
-    (tree / lint.PACKAGE / "second.py").unlink()
+    (tree / lint.PACKAGE / "data" / "second.py").unlink()
     assert lint.check_clean_and_export(tree) == [
-        "topoqa_nb/second.py: is not exported yet; run `make export`"
+        "topoqa_nb/data/second.py: is not exported yet; run `make export`"
     ]
 
 
 def test_a_module_whose_page_is_gone(tree: Path):
-    (tree / "nbs" / "01_second.ipynb").unlink()
-    assert "topoqa_nb/second.py: no page exports it any more; remove it" in lint.check_clean_and_export(tree)
+    (tree / "nbs" / "1_data" / "01_second.ipynb").unlink()
+    assert "topoqa_nb/data/second.py: no page exports it any more; remove it" in lint.check_clean_and_export(
+        tree
+    )
     (problem,) = lint.check_module_pages(tree)
-    assert problem.startswith("topoqa_nb/second.py: its page ../nbs/01_second.ipynb does not exist")
+    assert problem.startswith(
+        "topoqa_nb/data/second.py: its page ../../nbs/1_data/01_second.ipynb does not exist"
+    )
 
 
 def test_a_renamed_page_leaves_its_module_out_of_date(tree: Path):
-    page = tree / "nbs" / "01_second.ipynb"
+    page = tree / "nbs" / "1_data" / "01_second.ipynb"
     page.rename(page.with_name("02_second.ipynb"))
-    assert "topoqa_nb/second.py: differs from its page; run `make export`" in lint.check_clean_and_export(
-        tree
+    assert (
+        "topoqa_nb/data/second.py: differs from its page; run `make export`"
+        in lint.check_clean_and_export(tree)
     )
     assert len(lint.check_module_pages(tree)) == 1
 
@@ -140,15 +159,15 @@ def test_a_module_written_by_hand(tree: Path):
 
 
 def test_a_file_that_is_not_a_notebook(tree: Path, capsys: pytest.CaptureFixture):
-    (tree / "nbs" / "01_second.ipynb").write_text("{\n<<<<<<< HEAD\n")
+    (tree / "nbs" / "1_data" / "01_second.ipynb").write_text("{\n<<<<<<< HEAD\n")
     assert lint.main(tree) == 1
     first, last = capsys.readouterr().out.splitlines()
-    assert first.startswith("lint: nbs/01_second.ipynb: is not a notebook")
+    assert first.startswith("lint: nbs/1_data/01_second.ipynb: is not a notebook")
     assert last == "lint: 1 problem"
 
 
 def test_a_page_that_cannot_be_exported(tree: Path):
-    add_cell(tree, "nbs/01_second.ipynb", "#| export\ndef (")
+    add_cell(tree, "nbs/1_data/01_second.ipynb", "#| export\ndef (")
     (problem,) = lint.check_clean_and_export(tree)
     assert "nbdev_export failed" in problem
     assert "\n" not in problem
@@ -157,22 +176,22 @@ def test_a_page_that_cannot_be_exported(tree: Path):
 @pytest.mark.parametrize(
     "source",
     [
-        "from topoqa_nb.second import DOUBLE",
-        "from topoqa_nb import second",
-        "import topoqa_nb.second as later",
-        "%time scale(1.0)\nif True:\n    from topoqa_nb.second import DOUBLE",
-        "from topoqa_nb.first import scale as itself",
+        "from topoqa_nb.data.second import DOUBLE",
+        "from topoqa_nb.data import second",
+        "import topoqa_nb.data.second as later",
+        "%time scale(1.0)\nif True:\n    from topoqa_nb.data.second import DOUBLE",
+        "from topoqa_nb.ground.first import scale as itself",
     ],
 )
 def test_a_page_that_imports_itself_or_a_later_one(tree: Path, source: str):
-    add_cell(tree, "nbs/00_first.ipynb", source)
+    add_cell(tree, "nbs/0_ground/00_first.ipynb", source)
     (problem,) = lint.check_import_order(tree)
-    assert problem.startswith("nbs/00_first.ipynb: imports ")
+    assert problem.startswith("nbs/0_ground/00_first.ipynb: imports ")
     assert "import only from earlier pages" in problem
 
 
 def test_the_index_may_import_any_page(tree: Path):
-    write_notebook(tree / "nbs" / "index.ipynb", "from topoqa_nb.second import DOUBLE")
+    write_notebook(tree / "nbs" / "index.ipynb", "from topoqa_nb.data.second import DOUBLE")
     assert lint.check_import_order(tree) == []
 
 
@@ -199,22 +218,22 @@ def test_a_definition_in_a_pipeline(tree: Path, source: str):
     ids=["warning", "error", "printed path", "displayed path"],
 )
 def test_an_output_that_should_not_be_stored(tree: Path, output: nbformat.NotebookNode, expected: str):
-    content = nbformat.read(tree / "nbs" / "00_first.ipynb", as_version=4)
-    content.cells[-1].outputs = [output]
-    nbformat.write(content, tree / "nbs" / "00_first.ipynb")
+    content = nbformat.read(tree / "nbs" / "0_ground" / "00_first.ipynb", as_version=4)
+    content.cells[-2].outputs = [output]
+    nbformat.write(content, tree / "nbs" / "0_ground" / "00_first.ipynb")
     (problem,) = lint.check_outputs(tree)
-    assert problem.startswith(f"nbs/00_first.ipynb: {expected}")
+    assert problem.startswith(f"nbs/0_ground/00_first.ipynb: {expected}")
 
 
 def test_an_output_may_show_a_relative_path_or_an_address(tree: Path):
-    content = nbformat.read(tree / "nbs" / "00_first.ipynb", as_version=4)
+    content = nbformat.read(tree / "nbs" / "0_ground" / "00_first.ipynb", as_version=4)
     text = "runs/tmp/a https://example.org/home/x"
-    content.cells[-1].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
-    nbformat.write(content, tree / "nbs" / "00_first.ipynb")
+    content.cells[-2].outputs = [nbformat.v4.new_output("stream", name="stdout", text=text)]
+    nbformat.write(content, tree / "nbs" / "0_ground" / "00_first.ipynb")
     assert lint.check_outputs(tree) == []
 
 
-@pytest.mark.parametrize("notebook", ["nbs/00_first.ipynb", "pipelines/flow.ipynb"])
+@pytest.mark.parametrize("notebook", ["nbs/0_ground/00_first.ipynb", "pipelines/flow.ipynb"])
 def test_a_notebook_that_breaks_a_rule(tree: Path, notebook: str):
     add_cell(tree, notebook, "import os")
     (problem,) = lint.check_ruff(tree)
@@ -223,11 +242,69 @@ def test_a_notebook_that_breaks_a_rule(tree: Path, notebook: str):
 
 
 def test_a_cell_that_does_not_parse(tree: Path):
-    add_cell(tree, "nbs/00_first.ipynb", "def (")
-    assert any(problem.startswith("nbs/00_first.ipynb") for problem in lint.check_ruff(tree))
+    add_cell(tree, "nbs/0_ground/00_first.ipynb", "def (")
+    assert any(problem.startswith("nbs/0_ground/00_first.ipynb") for problem in lint.check_ruff(tree))
 
 
-@pytest.mark.parametrize("notebook", ["nbs/00_first.ipynb", "pipelines/flow.ipynb"])
+@pytest.mark.parametrize("notebook", ["nbs/0_ground/00_first.ipynb", "pipelines/flow.ipynb"])
 def test_a_notebook_that_is_not_formatted(tree: Path, notebook: str):
     add_cell(tree, notebook, "ANSWER  =  1")
     assert lint.check_format(tree) == [f"{notebook}: is not formatted; run `make export`"]
+
+
+def test_pages_are_ordered_by_their_numbers(tree: Path):
+    names = ["2_network/9_last", "1_data/18_a", "1_data/18a_b", "99_cli", "index"]
+    for name in names:
+        write_notebook(tree / "nbs" / f"{name}.ipynb", "1")
+    found = [str(page.relative_to(tree / "nbs").with_suffix("")) for page in lint.notebooks(tree, "nbs")]
+    assert found == ["index", "0_ground/00_first", "1_data/01_second", names[0], *names[1:4]]
+
+
+def test_a_cell_and_a_page_that_are_too_long(tree: Path):
+    body = "".join(f"    x{number} = {number}\n" for number in range(40))
+    add_cell(tree, "nbs/0_ground/00_first.ipynb", f"#| export\ndef endless():\n{body}")
+    (problem,) = lint.check_lengths(tree)
+    assert problem.startswith(
+        "nbs/0_ground/00_first.ipynb: def endless stands in a cell of 41 exported lines"
+    )
+    for number in range(11):
+        add_cell(tree, "nbs/0_ground/00_first.ipynb", f"#| export\ndef short{number}():\n{body[:-20]}")
+    assert "exports" in lint.check_lengths(tree)[-1] and "make two pages" in lint.check_lengths(tree)[-1]
+
+
+def test_many_imports_may_stand_in_one_cell(tree: Path):
+    names = ", ".join(f"name{number}" for number in range(60)).replace(", ", ",\n    ")
+    add_cell(tree, "nbs/0_ground/00_first.ipynb", f"#| export\nfrom somewhere import (\n    {names}\n)")
+    assert lint.check_lengths(tree) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("> A page.", "", "begins without `# Title` and `> subtitle`"),
+        ("**What this page promises.**", "", "does not end with"),
+        (
+            "../1_data/01_second.ipynb",
+            "01_second.ipynb",
+            "leads to 01_second.ipynb; write `Next: [...](../1_data/01",
+        ),
+        ("Next: [more]", "[more]", "leads to no page"),
+    ],
+)
+def test_a_page_without_what_every_page_has(tree: Path, old: str, new: str, expected: str):
+    page = tree / "nbs" / "0_ground" / "00_first.ipynb"
+    page.write_text(page.read_text().replace(old, new))
+    (problem,) = lint.check_prose(tree)
+    assert problem.startswith(f"nbs/0_ground/00_first.ipynb: {expected}")
+
+
+def test_a_link_that_meets_nothing(tree: Path):
+    page = tree / "nbs" / "0_ground" / "00_first.ipynb"
+    page.write_text(
+        page.read_text().replace("[more](../1_data/01_second.ipynb)", "[more](../1_data/02_gone.ipynb)")
+    )
+    (problem,) = lint.check_links(tree)
+    assert (
+        problem
+        == "nbs/0_ground/00_first.ipynb: links to ../1_data/02_gone.ipynb, which does not exist; correct it"
+    )
