@@ -29,7 +29,7 @@ from original import Clock, fit
 from topoqa_nb.ground.config import LoadedConfig, load_config
 from topoqa_nb.network.kernels import find_numba
 from topoqa_nb.runs.runs import read_metrics
-from topoqa_nb.training import training as training
+from topoqa_nb.training import training
 
 TOLERANCE = 1e-6  # of the metrics
 COMPARED = ["train_loss", "val_loss", "val_pearson_corr", "val_spearman_corr"]

@@ -2,7 +2,7 @@
 
 A file per graph and epoch, the last 256 kept; PyG's collation; PyG's GATv2 layer; the edge update for every head, averaged
 afterwards; Lightning with its own checkpoints, logger and early stopping. The order of the graphs, the initial weights
-and the random stream are those of `topoqa_nb.training`, so that the metrics can be compared.
+and the random stream are those of `topoqa_nb.training.training`, so that the metrics can be compared.
 
     python benchmarks/original.py FOLDER --save-dir OUT [--config NAME] [--threads 2] [--set key=value ...]
 """

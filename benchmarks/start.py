@@ -34,7 +34,7 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
         from pytorch_lightning import Callback
 
         from topoqa_nb.ground.config import load_config
-        from topoqa_nb.training import training as training
+        from topoqa_nb.training import training
 
     class Done(Callback):
         def on_train_batch_end(self, *_: object) -> None:

@@ -309,7 +309,9 @@ def test_targets_of_a_flat_directory_come_from_the_expression(tmp_path: Path):
 def test_a_wrong_place_is_raised_before_anything_is_read(
     tiny: DemoPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("topoqa_nb.audit.graph_facts", lambda *_, **__: pytest.fail("a graph was read"))
+    monkeypatch.setattr(
+        "topoqa_nb.data.audit_graphs.graph_facts", lambda *_, **__: pytest.fail("a graph was read")
+    )
     with pytest.raises(DataError, match="no such directory"):
         audit(tmp_path / "absent")
     with pytest.raises(DataError, match=r"absent\.csv: expected a label file, found no such file"):

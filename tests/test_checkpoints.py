@@ -86,7 +86,7 @@ def test_a_checkpoint_that_cannot_be_read_back_replaces_nothing(tiny, tmp_path, 
         if content["epoch"] > 1:
             file.truncate(1000)
 
-    monkeypatch.setattr("topoqa_nb.callbacks.torch.save", lossy)
+    monkeypatch.setattr("topoqa_nb.training.callbacks.torch.save", lossy)
     with pytest.raises(CheckpointError, match="expected a checkpoint that can be read back"):
         run_once(tiny, tmp_path, trainer__num_epochs=5)
     run = RunDirectory(tmp_path / "run")

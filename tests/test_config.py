@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import topoqa_nb.config as config_module
+from topoqa_nb.ground import files as files_module
 from topoqa_nb.ground.config import (
     FIELDS,
     LEGACY_KEYS,
@@ -267,7 +267,7 @@ def test_a_missing_file_is_named_with_the_nearest(here):
 def test_shipped_files_of_a_wheel_are_inside_the_package(here, tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "topoqa_nb"
     shutil.copytree(CONFIGS, package / "_data" / "configs")
-    monkeypatch.setattr(config_module, "files", lambda name: package)
+    monkeypatch.setattr(files_module, "files", lambda name: package)
     assert find_shipped("config.yaml") == package / "_data" / "configs" / "config.yaml"
     assert load_config("sched_boost_seed777.yaml").config.dataloader.seed == 777
 

@@ -302,7 +302,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     np.random.seed(0), random.seed(0), torch.manual_seed(0)
     torch.rand(5), np.random.rand(5)
     assert torch.equal(epoch_order(50, 222, 3), before)
-    code = "from topoqa_nb.data import epoch_order; print(epoch_order(50, 222, 3).tolist())"
+    code = "from topoqa_nb.data.batches import epoch_order; print(epoch_order(50, 222, 3).tolist())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == str(before.tolist())
 

@@ -14,6 +14,7 @@ from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 from scipy.stats import spearmanr
 
+from topoqa_nb.data import complexes as complexes_module
 from topoqa_nb.data import demo as demo_module
 from topoqa_nb.data.complexes import CUTOFF, interface_pairs, make_complex, make_decoys, move_ligand, quality
 from topoqa_nb.data.demo import ensure_demo, interface_graph, topoqa_node_columns, write_demo
@@ -216,7 +217,7 @@ def test_fifty_complexes_have_an_interface():
     for seed in range(50):
         native = make_complex(np.random.default_rng(seed))
         between = cdist(native.receptor, native.ligand)
-        assert (between < demo_module.CONTACT).sum() >= 5
+        assert (between < complexes_module.CONTACT).sum() >= 5
         assert (between < 4).sum() <= 3  # what a settled decoy may have
         assert min(len(native.receptor), len(native.ligand)) > 25
 

@@ -99,9 +99,22 @@ def test_a_wheel_carries_configs_manifests_and_pipelines(wheel: Path):
         assert files <= packed
 
 
+def test_a_wheel_carries_every_module_and_its_types(wheel: Path):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "topoqa_nb").rglob("*.py")}
+    assert len(modules) > 40
+    assert modules | {"topoqa_nb/py.typed"} <= packed
+
+
+def test_importing_the_package_alone_is_light():
+    program = "import sys, topoqa_nb; print([name for name in ('torch', 'pandas', 'pydantic') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_shipped_files_are_found_from_a_wheel_outside_a_checkout(wheel: Path, tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    program = "from topoqa_nb.config import find_shipped; print(find_shipped('config.yaml', 'configs'))"
+    program = "from topoqa_nb.ground.files import find_shipped; print(find_shipped('config.yaml', 'configs'))"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)

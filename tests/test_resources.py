@@ -135,7 +135,7 @@ def test_little_memory(tmp_path: Path, demo: DemoPaths):
     arguments = ["run", "--config", "config.yaml", "--run-name", "a", "--output-root", str(tmp_path / "runs")]
     arguments += settings(demo, model__hidden_dim=1024)
     code = f"""
-import resource, sys, psutil, topoqa_nb.training
+import resource, sys, psutil, topoqa_nb.training.training
 from topoqa_nb.cli import main
 limit = psutil.Process().memory_info().vms + 150_000_000
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -166,7 +166,7 @@ def test_a_fault_of_the_program_is_in_the_log_of_the_run(
     def fault(*arguments: object) -> None:
         raise KeyError("no such thing")
 
-    monkeypatch.setattr("topoqa_nb.training.fit", fault)
+    monkeypatch.setattr("topoqa_nb.training.training.fit", fault)
     common = ["run", "--config", "config.yaml", "--run-name", "a", "--output-root", str(tmp_path)]
     assert main([*common, *settings(demo)]) == 1
     for said in (capsys.readouterr().err, (tmp_path / "a" / "logs" / "training.log").read_text()):

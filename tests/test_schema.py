@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from topoqa_nb.data import schema as schema_module
+from topoqa_nb.data import sidecar as sidecar_module
 from topoqa_nb.data.demo import feature_groups, topoqa_node_columns
 from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema, resolve_schema, schema_differences
 from topoqa_nb.data.store import GraphStore, open_store
@@ -460,9 +460,9 @@ def test_the_sidecar_is_read_once_and_no_graph_when_it_is_complete(
 ):
     write(graph_dir / "graph_metadata.json", dict.fromkeys(NAMES, ENTRY))
     store, read = open_store(graph_dir), []
-    original = schema_module.read_json
-    monkeypatch.setattr(schema_module, "read_json", lambda path: read.append(path) or original(path))
-    monkeypatch.setattr(schema_module, "read_graph", lambda *_, **__: pytest.fail("a graph file was read"))
+    original = sidecar_module.read_json
+    monkeypatch.setattr(sidecar_module, "read_json", lambda path: read.append(path) or original(path))
+    monkeypatch.setattr(sidecar_module, "read_graph", lambda *_, **__: pytest.fail("a graph file was read"))
     quiet(graph_dir, store=store)
     assert read == [graph_dir / "graph_metadata.json"]
 

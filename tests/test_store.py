@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch_geometric.data import Batch, Data
 
+from topoqa_nb.data import packing as packing_module
 from topoqa_nb.data import store as store_module
 from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.store import GraphStore, open_store
@@ -413,7 +414,7 @@ def assert_holds(store: GraphStore, originals: list[Data]) -> None:
 
 def test_the_second_opening_reads_no_graph(opened, originals: list[Data], monkeypatch: pytest.MonkeyPatch):
     first = opened()
-    monkeypatch.setattr(store_module, "read_graph", refuse)
+    monkeypatch.setattr(packing_module, "read_graph", refuse)
     second = opened()
     assert second.folder == first.folder is not None
     assert_holds(second, originals)
@@ -574,7 +575,7 @@ def test_chosen_graphs_come_from_the_store_of_all(
     opened, originals: list[Data], monkeypatch: pytest.MonkeyPatch
 ):
     opened()
-    monkeypatch.setattr(store_module, "read_graph", refuse)
+    monkeypatch.setattr(packing_module, "read_graph", refuse)
     store = opened(["T/T_4", "T/T_0"])
     assert store.index == {"T/T_4": 0, "T/T_0": 1}
     assert store.node_counts.tolist() == [SHAPES[4][0], SHAPES[0][0]]
@@ -694,7 +695,7 @@ def after_reading(
     monkeypatch: pytest.MonkeyPatch, name: str, action: Callable[[Path], None], times: int
 ) -> None:
     "Let something happen to a file as soon as it has been read, this many times."
-    original, left = store_module.read_graph, [times]
+    original, left = packing_module.read_graph, [times]
 
     def read(path: Path, **options: object) -> Data:
         found = original(path, **options)
@@ -703,7 +704,7 @@ def after_reading(
             action(path)
         return found
 
-    monkeypatch.setattr(store_module, "read_graph", read)
+    monkeypatch.setattr(packing_module, "read_graph", read)
 
 
 def replace_unseen(file: Path) -> None:
@@ -839,8 +840,8 @@ def test_what_a_killed_packer_left_is_not_used(opened, originals: list[Data]):
 
 @pytest.fixture
 def three_readers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_reader_count", lambda graphs: 3)
-    monkeypatch.setattr(store_module, "_GROUP", 1)
+    monkeypatch.setattr(packing_module, "_reader_count", lambda graphs: 3)
+    monkeypatch.setattr(packing_module, "_GROUP", 1)
 
 
 @needs_fork
@@ -877,7 +878,7 @@ def test_readers_end_with_a_packer_that_is_killed(
         half_way.touch()
         time.sleep(60)
 
-    monkeypatch.setattr(store_module, "_receive", stop)
+    monkeypatch.setattr(packing_module, "_receive", stop)
     with forked(opened, 1) as [packer]:
         wait_until(half_way.exists)
         readers = psutil.Process(packer.pid).children()
@@ -900,7 +901,7 @@ def test_small_directories_are_packed_without_a_word(opened, capsys: pytest.Capt
 
 
 def test_lines_of_progress_where_there_is_no_terminal(opened, capsys: pytest.CaptureFixture, monkeypatch):
-    monkeypatch.setattr(store_module, "_QUIET", 1)
+    monkeypatch.setattr(packing_module, "_QUIET", 1)
     opened()
     out, err = capsys.readouterr()
     assert out == "" and len(err.splitlines()) == 2
@@ -908,7 +909,7 @@ def test_lines_of_progress_where_there_is_no_terminal(opened, capsys: pytest.Cap
 
 
 def test_a_bar_in_a_terminal(opened, originals: list[Data], capsys: pytest.CaptureFixture, monkeypatch):
-    monkeypatch.setattr(store_module, "_QUIET", 1)
+    monkeypatch.setattr(packing_module, "_QUIET", 1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert_holds(opened(), originals)
@@ -916,7 +917,7 @@ def test_a_bar_in_a_terminal(opened, originals: list[Data], capsys: pytest.Captu
 
 
 def test_the_lines_go_to_the_log_of_a_run(opened, capsys: pytest.CaptureFixture, caplog, monkeypatch):
-    monkeypatch.setattr(store_module, "_QUIET", 1)
+    monkeypatch.setattr(packing_module, "_QUIET", 1)
     with caplog.at_level(logging.INFO, logger="topoqa_nb"):
         opened()
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]

@@ -1,1 +1,32 @@
 __version__ = "0.1.0"
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from topoqa_nb.data.schema import resolve_schema as resolve_schema
+    from topoqa_nb.data.store import open_store as open_store
+    from topoqa_nb.everyday import demo_data as demo_data
+    from topoqa_nb.everyday import run_sweep as run_sweep
+    from topoqa_nb.ground.config import load_config as load_config
+    from topoqa_nb.network.model import TopoQANet as TopoQANet
+    from topoqa_nb.network.weights import load_model as load_model
+    from topoqa_nb.runs.leaderboard import leaderboard as leaderboard
+    from topoqa_nb.runs.leaderboard import summarise as summarise
+    from topoqa_nb.training.module import predict_split as predict_split
+    from topoqa_nb.training.resume import resume as resume
+    from topoqa_nb.training.training import train as train
+
+
+def __getattr__(name: str) -> object:
+    "The everyday names, each from its page when it is first used: see `topoqa_nb.everyday`."
+    if name.startswith("__"):
+        raise AttributeError(name)
+    from topoqa_nb.everyday import find_everyday
+
+    return find_everyday(name)
+
+
+def __dir__() -> list[str]:
+    from topoqa_nb.everyday import EVERYDAY
+
+    return [*globals(), *EVERYDAY]
