@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from topoqa_nb.everyday import EVERYDAY
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
-PAGES = sorted(path.stem for path in (REPOSITORY / "nbs").glob("[0-9]*.ipynb"))
+PAGES = {str(path.relative_to(REPOSITORY / "nbs")) for path in (REPOSITORY / "nbs").rglob("[0-9]*.ipynb")}
+CHAPTERS = sorted(path.name for path in (REPOSITORY / "nbs").glob("[0-9]_*"))
 LINKING = sorted(
-    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("nbs/*.ipynb"), *REPOSITORY.glob("pipelines/*.ipynb")]
+    [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("nbs/**/*.ipynb"), *REPOSITORY.glob("pipelines/*.ipynb")]
 )
 EXAMPLES = re.findall(r"^topoqa (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
@@ -28,10 +31,14 @@ def prose(path: Path) -> str:
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
 
 
-def test_readme_and_index_list_the_pages_that_exist():
-    assert re.findall(r"^\| `(\d\d_\w+)` ", README, flags=re.MULTILINE) == PAGES
+def test_readme_lists_the_chapters_and_the_index_the_pages():
+    assert re.findall(r"^\| `(\d_\w+)` ", README, flags=re.MULTILINE) == CHAPTERS
     index = prose(REPOSITORY / "nbs" / "index.ipynb")
-    assert re.findall(r"^\| \[[^]]+\]\((\d\d_\w+)\.ipynb\)", index, flags=re.MULTILINE) == PAGES
+    assert set(re.findall(r"\]\(([^)]+\.ipynb)\)", index)) >= PAGES
+
+
+def test_readme_shows_the_everyday_names():
+    assert set(re.findall(r"`(\w+)`", README)) >= set(EVERYDAY)
 
 
 def test_readme_is_short():
