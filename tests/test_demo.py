@@ -240,7 +240,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_module, "_write_labels", interrupt)
+    monkeypatch.setattr(demo_module, "write_labels", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_demo(tmp_path / "demo", targets=2, decoys=2)
     assert list(tmp_path.iterdir()) == []
@@ -295,7 +295,7 @@ def test_the_slower_of_two_processes_takes_the_set_of_the_faster(demo, tmp_path,
 
 
 def test_a_set_that_appeared_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(OSError), demo_module._new_set(tmp_path / "demo") as temporary:
+    with pytest.raises(OSError), demo_module.new_set(tmp_path / "demo") as temporary:
         (temporary / "train.csv").write_text("slower")
         (tmp_path / "demo").mkdir()
         (tmp_path / "demo" / "train.csv").write_text("faster")
@@ -307,7 +307,7 @@ def test_a_full_disk_is_not_hidden(tmp_path, monkeypatch):
     def fill_the_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(demo_module, "_write_labels", fill_the_disk)
+    monkeypatch.setattr(demo_module, "write_labels", fill_the_disk)
     monkeypatch.setattr(demo_module, "_make_target", lambda *_: [])
     with pytest.raises(OSError, match="No space left"):
         ensure_demo(tmp_path / "demo")

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from .audit import Audit, LabelFacts
 from .audit_graphs import Finding, GraphFacts
-from ..ground.console import UNWRAPPED, _rendered
+from ..ground.console import UNWRAPPED, rendered
 from ..ground.core import plain
 
 # %% ../../nbs/1_data/19c_audit_report.ipynb #19c-005
 def summary(
-    found: Audit,
-) -> dict[str, object]:
+    found: Audit,  # from `audit`
+) -> dict[str, object]:  # files, bytes, spread of nodes and edges, widths, an entry for each label file
     "The data set in numbers."
     nodes, edges = ([getattr(graph, key) for graph in found.graphs] for key in ("nodes", "edges"))
     widths = {
@@ -57,7 +57,7 @@ def _label_summary(labels: LabelFacts) -> dict[str, object]:
 
 # %% ../../nbs/1_data/19c_audit_report.ipynb #19c-006
 def to_dict(
-    found: Audit,
+    found: Audit,  # from `audit`
 ) -> dict[str, object]:  # plain types, for JSON
     "An audit without its timings."
     return plain(
@@ -69,49 +69,6 @@ def to_dict(
             "findings": [asdict(finding) for finding in found.findings],
         }
     )
-
-# %% ../../nbs/1_data/19c_audit_report.ipynb #19c-009
-_NAMED = 3  # names that a line of the table shows
-
-
-_LINES = 10  # findings of one check that the table shows
-
-
-def as_text(
-    found: Audit,
-    width: int = UNWRAPPED,  # columns of the terminal; otherwise one line per finding, which grep can use
-) -> str:  # several lines
-    "Numbers, findings, and a last line with the verdict."
-    table = Table(box=None, pad_edge=False)
-    for title in ("severity", "check", "where", "problem", "what to do"):
-        table.add_column(title, overflow="fold", no_wrap=title in ("severity", "check"))
-    shown = Counter()
-    for finding in found.findings:
-        key = (finding.severity, finding.check)
-        shown[key] += 1
-        if shown[key] <= _LINES:
-            table.add_row(*key, _place(finding), finding.problem, finding.fix)
-    for (severity, check), count in shown.items():
-        if count > _LINES:
-            table.add_row(severity, check, f"and {count - _LINES} more", "", "the JSON form lists all")
-    parts = [
-        *_summary_lines(found),
-        "",
-        *([_rendered(table, width), ""] if found.findings else []),
-        _verdict(found),
-    ]
-    return "\n".join(parts)
-
-
-def _place(finding: Finding) -> str:
-    "Where, and the first of the names concerned."
-    more = f", ... ({len(finding.names)} in all)" if len(finding.names) > _NAMED else ""
-    return ": ".join(filter(None, [finding.where, ", ".join(finding.names[:_NAMED]) + more]))
-
-
-def _verdict(found: Audit) -> str:
-    counts = ", ".join(f"{severity}: {count}" for severity, count in found.counts.items())
-    return f"{'sound' if found.ok else 'not sound'} ({counts})"
 
 # %% ../../nbs/1_data/19c_audit_report.ipynb #19c-010
 def _summary_lines(found: Audit) -> list[str]:
@@ -140,10 +97,48 @@ def _range_text(spread: dict[str, float] | None, form: str) -> str:
     low, middle, high = (format(spread[key], form) for key in ("min", "median", "max"))
     return f"{low} to {high} (median {middle})"
 
+# %% ../../nbs/1_data/19c_audit_report.ipynb #19c-107
+_NAMED = 3  # names that a line of the table shows
+
+
+def _place(finding: Finding) -> str:
+    "Where, and the first of the names concerned."
+    more = f", ... ({len(finding.names)} in all)" if len(finding.names) > _NAMED else ""
+    return ": ".join(filter(None, [finding.where, ", ".join(finding.names[:_NAMED]) + more]))
+
+
+def _verdict(found: Audit) -> str:
+    counts = ", ".join(f"{severity}: {count}" for severity, count in found.counts.items())
+    return f"{'sound' if found.ok else 'not sound'} ({counts})"
+
+# %% ../../nbs/1_data/19c_audit_report.ipynb #19c-009
+_LINES = 10  # findings of one check that the table shows
+
+
+def as_text(
+    found: Audit,  # from `audit`
+    width: int = UNWRAPPED,  # columns of the terminal; otherwise one line per finding, which grep can use
+) -> str:  # several lines
+    "Numbers, findings, and a last line with the verdict."
+    table = Table(box=None, pad_edge=False)
+    for title in ("severity", "check", "where", "problem", "what to do"):
+        table.add_column(title, overflow="fold", no_wrap=title in ("severity", "check"))
+    shown = Counter()
+    for finding in found.findings:
+        key = (finding.severity, finding.check)
+        shown[key] += 1
+        if shown[key] <= _LINES:
+            table.add_row(*key, _place(finding), finding.problem, finding.fix)
+    for (severity, check), count in shown.items():
+        if count > _LINES:
+            table.add_row(severity, check, f"and {count - _LINES} more", "", "the JSON form lists all")
+    findings = [rendered(table, width), ""] if found.findings else []
+    return "\n".join([*_summary_lines(found), "", *findings, _verdict(found)])
+
 # %% ../../nbs/1_data/19c_audit_report.ipynb #19c-014
 def load_profile(
-    graphs: Sequence[GraphFacts],
-    slowest: int = 10,  # files to name
+    graphs: Sequence[GraphFacts],  # those that could be read
+    slowest: int = 10,  # files to name, >= 0
 ) -> dict[str, object]:  # milliseconds and bytes; NaN without a graph
     "Loading time of a file: mean, median, 95th percentile, and the slowest files."
     milliseconds = np.array([graph.seconds for graph in graphs]) * 1000
@@ -163,7 +158,7 @@ def load_profile(
         ],
     }
 
-
+# %% ../../nbs/1_data/19c_audit_report.ipynb #19c-110
 def profile_text(
     profile: Mapping[str, object],  # from `load_profile`
 ) -> str:  # several lines
@@ -176,4 +171,4 @@ def profile_text(
     keys = {"mean": "mean_ms", "median": "median_ms", "95th percentile": "p95_ms"}
     times = ", ".join(f"{title} {profile[key]:.2f} ms" for title, key in keys.items())
     files, seconds = profile["files"], profile["total_seconds"]
-    return f"loading: {files} files in {seconds:.2f} s; per file {times}\n\n{_rendered(table, UNWRAPPED)}"
+    return f"loading: {files} files in {seconds:.2f} s; per file {times}\n\n{rendered(table, UNWRAPPED)}"

@@ -59,7 +59,7 @@ class Split:
     index: torch.Tensor  # int64 [n], number of each decoy's graph in the store
     dockq: torch.Tensor  # float32 [n], labels, 0 to 1
     targets: list[str | None]  # [n], None where the target is not known
-    coverage: Coverage
+    coverage: Coverage  # of the label file
     notes: tuple[str, ...] = ()  # about the label file
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Split:
 def load_split(
     name: str,  # train, val or test
     path: str | Path,  # label file
-    store: GraphStore,
+    store: GraphStore,  # all graphs of the directory
     *,
     target_regex: str | None = None,  # see `target_of`
 ) -> Split:
@@ -145,7 +145,7 @@ def check_coverage(
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-022
 def data_fingerprint(
-    splits: Sequence[Split],
+    splits: Sequence[Split],  # of the run, such as train and val
     store: GraphStore,  # all graphs of the directory
     by: Literal["content", "size"] = "content",  # what stands for a graph; size: as earlier versions did
 ) -> str:  # hex sha256
@@ -210,11 +210,11 @@ class _Batches(Dataset):
 
 
 def make_loader(
-    split: Split,
+    split: Split,  # decoys to hand out, each once an epoch
     *,
-    batch_size: int,  # graphs
+    batch_size: int,  # graphs, > 0
     shuffle: bool,  # True for training
-    seed: int,  # of the order
+    seed: int,  # of the order, >= 0
     num_workers: int = 0,  # loader processes; the batches are the same for any number
 ) -> DataLoader:  # of PyG batches with y [B] and position [B]
     "Batches of a split in an order that depends on seed and epoch alone."

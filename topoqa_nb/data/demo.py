@@ -19,13 +19,13 @@ from torch_geometric.data import Data
 from topoqa_nb.data.complexes import (
     CUTOFF,
     Complex,
-    _both_directions,
+    both_directions,
     interface_pairs,
     make_complex,
     make_decoys,
     quality,
 )
-from .tiny import DemoPaths, _check_size, _new_set, _paths, _save_graph, _write_labels
+from .tiny import DemoPaths, check_size, new_set, save_graph, write_labels
 from ..ground.core import DataError, write_json, write_text
 
 # %% ../../nbs/1_data/18a_demo.ipynb #18a-005
@@ -43,15 +43,7 @@ def topoqa_node_columns() -> list[str]:
     ]
     return residue + components + loops
 
-
-def feature_groups(
-    columns: Iterable[str],  # names of node features
-) -> dict[str, int]:  # group -> number of columns, in order of first appearance
-    "How many columns belong to what; a prefix that is not known is a group of its own."
-    prefixes = (name.split("_")[0] for name in columns)
-    return dict(Counter(_GROUPS.get(prefix, prefix) for prefix in prefixes))
-
-
+# %% ../../nbs/1_data/18a_demo.ipynb #18a-101
 _GROUPS = {
     "rasa": "surface area",
     "phi": "backbone angles",
@@ -61,6 +53,14 @@ _GROUPS = {
     "f0": "topology: components",
     "f1": "topology: loops",
 }
+
+
+def feature_groups(
+    columns: Iterable[str],  # names of node features
+) -> dict[str, int]:  # group -> number of columns, in order of first appearance
+    "How many columns belong to what; a prefix that is not known is a group of its own."
+    prefixes = (name.split("_")[0] for name in columns)
+    return dict(Counter(_GROUPS.get(prefix, prefix) for prefix in prefixes))
 
 # %% ../../nbs/1_data/18a_demo.ipynb #18a-011
 _BANDS = np.arange(CUTOFF)  # lower ends of the distance bands (Å), each 1 Å wide
@@ -105,7 +105,7 @@ def _spanning_tree(
         reach = np.where(nearer, distances[each, new], reach)
     return joined
 
-
+# %% ../../nbs/1_data/18a_demo.ipynb #18a-104
 def _bridged(distances: np.ndarray) -> np.ndarray:
     "Radius at which some third atom reaches both ends of each pair (Å), [clouds, n, n]."
     best = np.full(distances.shape, np.inf)
@@ -135,7 +135,7 @@ def _statistics(
         "std": np.sqrt(spread / number),
     }
 
-
+# %% ../../nbs/1_data/18a_demo.ipynb #18a-108
 def _persistence(
     cloud: np.ndarray,  # atoms around each residue (Å), [residues, n, 3]
 ) -> dict[str, dict[str, np.ndarray]]:  # f0_death, f1_len, f1_birth, f1_death -> statistics
@@ -153,12 +153,6 @@ def _persistence(
     }
 
 # %% ../../nbs/1_data/18a_demo.ipynb #18a-019
-_SURROUNDINGS = 6  # nearest residues, itself included, whose atoms are looked at
-
-
-_ELEMENTS = "CNO"  # order of the atoms of a residue in `Complex.atoms`
-
-
 def _residue_features(
     pose: Complex,
     nodes: np.ndarray,  # residue numbers, [nodes]
@@ -175,6 +169,10 @@ def _residue_features(
             values[name] = classes[group] == int(number)
     return values
 
+# %% ../../nbs/1_data/18a_demo.ipynb #18a-111
+_SURROUNDINGS = 6  # nearest residues, itself included, whose atoms are looked at
+_ELEMENTS = "CNO"  # order of the atoms of a residue in `Complex.atoms`
+
 
 def _topology_features(
     pose: Complex,
@@ -182,9 +180,8 @@ def _topology_features(
     columns: Sequence[str],  # names of all node features
 ) -> dict[str, np.ndarray]:  # those that describe the surroundings, such as f0_CN_death_sum
     "Statistics of persistence around each residue, scaled within the graph."
-    nearest = np.argsort(cdist(pose.positions[nodes], pose.positions), axis=1, kind="stable")[
-        :, :_SURROUNDINGS
-    ]
+    between = cdist(pose.positions[nodes], pose.positions)
+    nearest = np.argsort(between, axis=1, kind="stable")[:, :_SURROUNDINGS]
     atoms = pose.positions[nearest][:, :, None] + pose.atoms[nearest]
     values = {}
     for chosen in {name.split("_")[1] for name in columns if name.startswith("f0_")}:
@@ -205,7 +202,7 @@ def interface_graph(
     values = _residue_features(pose, nodes, columns) | _topology_features(pose, nodes, columns)
     return Data(
         x=torch.from_numpy(np.stack([values[name] for name in columns], axis=1)).float(),
-        edge_index=torch.from_numpy(_both_directions(ends.reshape(pairs.shape))),
+        edge_index=torch.from_numpy(both_directions(ends.reshape(pairs.shape))),
         edge_attr=torch.from_numpy(edge_features(pose, pairs).repeat(2, axis=0)).float(),
     )
 
@@ -216,8 +213,6 @@ interface: {{cutoff: {CUTOFF}}}
 topology: {{surroundings: {_SURROUNDINGS}, elements: [{", ".join(_ELEMENTS)}]}}
 edge: {{distance_min: 0.0, distance_max: {CUTOFF}, scale_histogram: true}}
 """
-
-
 _EDGE_PARAMS = {"distance_min": 0.0, "distance_max": CUTOFF, "scale_histogram": True}
 
 
@@ -279,7 +274,17 @@ def _builder_summary() -> dict[str, object]:
         },
     }
 
-# %% ../../nbs/1_data/18a_demo.ipynb #18a-028
+# %% ../../nbs/1_data/18a_demo.ipynb #18a-029
+def _make_target(
+    generator: np.random.Generator,
+    decoys: int,  # how many
+) -> list[tuple[Data, float]]:  # graph and DockQ of each decoy
+    "One complex and its decoys."
+    native = make_complex(generator)
+    poses = make_decoys(generator, native, decoys)
+    return [(interface_graph(pose), quality(native, pose).dockq) for pose in poses]
+
+# %% ../../nbs/1_data/18a_demo.ipynb #18a-119
 _README = """\
 SYNTHETIC interface graphs, made by topoqa_nb for trying it out.
 
@@ -296,7 +301,7 @@ feature_config.yaml                    how the features were made
 Made with: {targets} targets, {decoys} decoys each, seed {seed}.
 """
 
-
+# %% ../../nbs/1_data/18a_demo.ipynb #18a-028
 def write_demo(
     out: str | Path,  # new or empty
     *,
@@ -305,32 +310,22 @@ def write_demo(
     seed: int = 1,  # equal seeds give equal sets
 ) -> DemoPaths:  # where everything lies
     "Write the demo set, whole or not at all. Raises `DataError` when `out` holds something."
-    _check_size(targets, decoys)
-    with _new_set(Path(out)) as temporary:
-        paths, labels, sidecar = _paths(temporary), {}, {"_builder": _builder()}
+    check_size(targets, decoys)
+    with new_set(Path(out)) as temporary:
+        paths, labels, sidecar = DemoPaths.below(temporary), {}, {"_builder": _builder()}
         for number in range(targets):
             target = f"DEMO{number + 1:02}"
             scored = _make_target(np.random.default_rng([seed, number]), decoys)
             labels[target] = [(f"{target}_{place:02}", dockq) for place, (_, dockq) in enumerate(scored)]
             for (model, _), (graph, _) in zip(labels[target], scored, strict=True):
-                _save_graph(graph, paths.graph_dir / target / f"{model}.pt")
+                save_graph(graph, paths.graph_dir / target / f"{model}.pt")
                 sidecar[f"{target}/{model}"] = _sidecar_entry(graph)
-        _write_labels(paths, labels)
+        write_labels(paths, labels)
         write_json(paths.graph_dir / "graph_metadata.json", sidecar)
         write_json(temporary / "logs" / "graph_builder" / "graph_builder_summary.json", _builder_summary())
         write_text(temporary / "feature_config.yaml", _FEATURE_CONFIG)
         write_text(temporary / "README.txt", _README.format(targets=targets, decoys=decoys, seed=seed))
-    return _paths(Path(out))
-
-# %% ../../nbs/1_data/18a_demo.ipynb #18a-029
-def _make_target(
-    generator: np.random.Generator,
-    decoys: int,  # how many
-) -> list[tuple[Data, float]]:  # graph and DockQ of each decoy
-    "One complex and its decoys."
-    native = make_complex(generator)
-    poses = make_decoys(generator, native, decoys)
-    return [(interface_graph(pose), quality(native, pose).dockq) for pose in poses]
+    return DemoPaths.below(Path(out))
 
 # %% ../../nbs/1_data/18a_demo.ipynb #18a-038
 def ensure_demo(
@@ -348,12 +343,12 @@ def ensure_demo(
     if defect:
         fix = "remove it, or name your own graphs in paths.graph"
         raise DataError(root, "the complete demo set, or nothing", defect, fix)
-    return _paths(root)
+    return DemoPaths.below(root)
 
 
 def _defect(root: Path) -> str | None:
     "What a folder lacks to be a complete demo set."
-    paths, readme = _paths(root), root / "README.txt"
+    paths, readme = DemoPaths.below(root), root / "README.txt"
     if not readme.is_file() or readme.read_text(errors="replace").split("\n")[0] != _README.split("\n")[0]:
         return "a file or folder of something else"
     sidecar = paths.graph_dir / "graph_metadata.json"

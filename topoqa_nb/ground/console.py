@@ -33,9 +33,6 @@ def say(
     else:
         print(line, file=sys.stderr, flush=True)
 
-
-_say = say  # its earlier name, while pages still use it
-
 # %% ../../nbs/0_ground/02_console.ipynb #02-009
 def duration(
     seconds: float,  # >= 0
@@ -85,9 +82,6 @@ def rendered(
     "A table as plain text, also in a notebook."
     sheet = Console(width=width, markup=False, highlight=False, color_system=None, force_jupyter=False)
     return "\n".join(_lines(table, sheet))
-
-
-_rendered = rendered  # its earlier name, while pages still use it
 
 # %% ../../nbs/0_ground/02_console.ipynb #02-018
 def to_nobody(
