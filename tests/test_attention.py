@@ -16,7 +16,7 @@ from torch_geometric.data import Batch, Data
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import ConfigError, DataError
-from topoqa_nb.network import attention as attention
+from topoqa_nb.network import kernels
 from topoqa_nb.network.attention import Attention, attend, attention_layer, order_edges
 from topoqa_nb.network.kernels import (
     LOOPS,
@@ -26,11 +26,11 @@ from topoqa_nb.network.kernels import (
     Steps,
     choose_kernel,
     compile_loop,
-    filled_up,
     find_numba,
     find_onednn,
     numba_steps,
     on_arrays,
+    padded_rows,
 )
 from topoqa_nb.network.model import TopoQANet, widths
 from topoqa_nb.runs.runs import read_metrics
@@ -321,7 +321,7 @@ def test_inference_mode(kernel):
 @pytest.fixture
 def amd(monkeypatch):
     "A processor on which oneDNN is chosen."
-    monkeypatch.setattr(attention, "processor_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(kernels, "processor_vendor", lambda: "AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     find_onednn.cache_clear()
     yield monkeypatch
@@ -334,7 +334,7 @@ def test_onednn_is_chosen_only_where_it_was_found_faster(amd):
     )
     for change in (("processor_vendor", lambda: "GenuineIntel"), ("processor_vendor", lambda: None)):
         find_onednn.cache_clear()
-        amd.setattr(attention, *change)
+        amd.setattr(kernels, *change)
         assert find_onednn() is None
 
 
@@ -347,11 +347,11 @@ def test_a_pytorch_without_onednn(amd):
 @pytest.mark.parametrize("nodes", [60, STEP - 1, STEP, STEP + 1, 300])
 @pytest.mark.parametrize("edges", [0, 50, STEP, TILE, TILE + 1, TILE + STEP, 2 * TILE + 300])
 def test_either_product_gives_the_same(kernel, nodes, edges, amd):
-    "Rows are filled up with zeros for oneDNN; nothing of them may show, whatever the memory held before."
+    "Rows are padded with zeros for oneDNN; nothing of them may show, whatever the memory held before."
     sizes = {"nodes": nodes, "pairs": edges, "heads": 8, "width": 32, "dtype": torch.float32}
     assert find_onednn() is not None
     by_onednn = outcome(make_case(**sizes), kernel)
-    amd.setattr(attention, "find_onednn", lambda: None)
+    amd.setattr(kernels, "find_onednn", lambda: None)
     for found, wanted in zip(by_onednn, outcome(make_case(**sizes), kernel), strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
@@ -375,9 +375,9 @@ def test_no_row_is_read_before_it_is_written(kernel, pairs, amd, dirty_memory):
 
 
 def test_single_graphs_are_left_to_mkl(amd):
-    assert filled_up(STEP - 1, torch.float32) == STEP - 1
-    assert filled_up(STEP + 1, torch.float32) == 2 * STEP
-    assert filled_up(STEP + 1, torch.float64) == STEP + 1
+    assert padded_rows(STEP - 1, torch.float32) == STEP - 1
+    assert padded_rows(STEP + 1, torch.float32) == 2 * STEP
+    assert padded_rows(STEP + 1, torch.float64) == STEP + 1
 
 
 # The choice.
@@ -390,7 +390,7 @@ def free_choice(monkeypatch):
 
 def test_the_default(free_choice, monkeypatch):
     assert choose_kernel() == ("numba" if find_numba() else "torch")
-    monkeypatch.setattr(attention, "find_numba", lambda: None)
+    monkeypatch.setattr(kernels, "find_numba", lambda: None)
     assert choose_kernel() == "torch"
 
 
@@ -423,7 +423,7 @@ def test_a_forced_kernel_that_cannot_run_is_one_line(monkeypatch, value, argumen
 
 def test_numba_forced_but_missing_is_one_line(monkeypatch):
     monkeypatch.setenv("TOPOQA_KERNEL", "numba")
-    monkeypatch.setattr(attention, "find_numba", lambda: None)
+    monkeypatch.setattr(kernels, "find_numba", lambda: None)
     with pytest.raises(ConfigError, match="numba is not installed.*topoqa_nb\\[fast\\]") as caught:
         choose_kernel()
     assert "\n" not in str(caught.value)
@@ -432,9 +432,9 @@ def test_numba_forced_but_missing_is_one_line(monkeypatch):
 def test_autocast_uses_the_reference(free_choice):
     case = make_case(5, 12, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        assert choose_kernel("cpu", attention.is_low_precision(case.nodes)) == "reference"
-    assert not attention.is_low_precision(case.nodes)
-    assert attention.is_low_precision(case.nodes.bfloat16())
+        assert choose_kernel("cpu", kernels.is_low_precision(case.nodes)) == "reference"
+    assert not kernels.is_low_precision(case.nodes)
+    assert kernels.is_low_precision(case.nodes.bfloat16())
 
 
 # With and without numba, and its cache.
@@ -444,8 +444,8 @@ import sys
 {before}
 import torch
 from torch_geometric.data import Data
-from topoqa_nb.attention import choose_kernel
-from topoqa_nb.model import TopoQANet, widths
+from topoqa_nb.network.kernels import choose_kernel
+from topoqa_nb.network.model import TopoQANet, widths
 torch.manual_seed(0)
 model = TopoQANet(widths(5, 3), hidden_dim=8, attention_head=2).eval()
 graph = Data(x=torch.randn(6, 5), edge_index=torch.randint(6, (2, 18)), edge_attr=torch.randn(18, 3))
@@ -497,7 +497,7 @@ def test_loops_compile_where_no_cache_folder_is_to_be_had(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda loop: loop
 
-    monkeypatch.setattr(attention, "find_numba", lambda: SimpleNamespace(njit=njit))
+    monkeypatch.setattr(kernels, "find_numba", lambda: SimpleNamespace(njit=njit))
     assert compile_loop(len, ()) is len
     assert asked == [True, False]
 

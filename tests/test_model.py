@@ -81,18 +81,18 @@ def attention_by_hand(conv: GATv2Conv, nodes, edge_index, edges):
         incoming = [e for e in range(edge_index.shape[1]) if edge_index[1, e] == i]
         for k in range(heads) if incoming else ():
             rows = slice(k * width, (k + 1) * width)
-            left = [
+            x_l = [
                 conv.lin_l.weight[rows] @ nodes[edge_index[0, e]] + conv.lin_l.bias[rows] for e in incoming
             ]
-            right = conv.lin_r.weight[rows] @ nodes[i] + conv.lin_r.bias[rows]
+            x_r = conv.lin_r.weight[rows] @ nodes[i] + conv.lin_r.bias[rows]
             sums = [
-                own + right + conv.lin_edge.weight[rows] @ edges[e]
-                for own, e in zip(left, incoming, strict=True)
+                own + x_r + conv.lin_edge.weight[rows] @ edges[e]
+                for own, e in zip(x_l, incoming, strict=True)
             ]
             scores = torch.stack([conv.att[0, k] @ torch.where(z > 0, z, 0.2 * z) for z in sums])
-            share = torch.exp(scores - scores.max())
-            share = share / share.sum()
-            new[i] += sum(a * own for a, own in zip(share, left, strict=True)) / heads
+            alpha = torch.exp(scores - scores.max())
+            alpha = alpha / alpha.sum()
+            new[i] += sum(a * own for a, own in zip(alpha, x_l, strict=True)) / heads
     return new
 
 
@@ -331,7 +331,7 @@ def test_another_edge_width_is_refused_with_both_numbers_and_the_name():
 
 
 def test_another_node_width_is_refused():
-    graph = make_graph(4, 6, names=["2AYO/2AYO_00"])
+    graph = make_graph(4, 6, name="2AYO/2AYO_00")
     graph.x = graph.x[:, :2]
     message = refuses_before_the_first_layer(make_model(), graph)
     assert "2AYO/2AYO_00" in message

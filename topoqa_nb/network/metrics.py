@@ -54,7 +54,7 @@ def pearson(
     unit = [(values - values.min()) / np.ptp(values) for values in pair]
     return float(np.corrcoef(*unit)[0, 1])
 
-
+# %% ../../nbs/2_network/24_metrics.ipynb #24-202
 def spearman(
     prediction: np.ndarray,  # one array, [n]
     dockq: np.ndarray,  # the other, [n]
@@ -86,11 +86,7 @@ def _rankable_targets(
             positions.setdefault(target, []).append(position)
     return [np.array(found) for found in positions.values() if len(found) > 1]
 
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
-
-
+# %% ../../nbs/2_network/24_metrics.ipynb #24-205
 def regression_metrics(
     prediction: np.ndarray,  # predicted DockQ, [n]
     dockq: np.ndarray,  # true DockQ, [n]
@@ -109,9 +105,13 @@ def regression_metrics(
         "val_ranking_loss": _mean([ranking_loss(prediction[group], dockq[group]) for group in groups]),
     }
 
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
 # %% ../../nbs/2_network/24_metrics.ipynb #24-026
 def pooled_features(
-    split: Split,
+    split: Split,  # with its store
 ) -> np.ndarray:  # [len(split), node width + edge width]
     "Mean node features and mean edge features of every graph; a graph without edges has zeros for the latter."
     batch = split.store.batch(split.index)
@@ -119,7 +119,7 @@ def pooled_features(
     edges = global_mean_pool(batch.edge_attr, batch.batch[batch.edge_index[0]], batch.num_graphs)
     return np.hstack([nodes.double().numpy(), edges.double().numpy()])
 
-
+# %% ../../nbs/2_network/24_metrics.ipynb #24-209
 def baseline_scores(
     train: Split,  # fitted on
     split: Split,  # predicted
