@@ -26,8 +26,9 @@ from topoqa_nb.runs.selection import candidate, update_links
 
 TRAINER = """
 import sys, time
-from topoqa_nb.config import load_config
-from topoqa_nb.runs import append_metrics, create_run, update_metadata
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.runs.record import update_metadata
+from topoqa_nb.runs.runs import append_metrics, create_run
 loaded = load_config(None, [f"paths.save_dir={sys.argv[1]}", "num_epochs=500"])
 run = create_run(sys.argv[1], "live", loaded, loaded.config)
 for epoch in range(int(sys.argv[2])):
@@ -42,8 +43,8 @@ else:
 """
 FOLLOWER = """
 import sys
-from topoqa_nb.monitor import monitor
-from topoqa_nb.runs import find_run
+from topoqa_nb.runs.monitor import monitor
+from topoqa_nb.runs.runs import find_run
 monitor(find_run(sys.argv[1], "live"), following=True, interval=0.1, style=sys.argv[2])
 """
 
@@ -92,7 +93,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_looking_needs_no_torch():
-    code = "import sys, topoqa_nb.monitor; print([name for name in ('torch', 'pytorch_lightning') if name in sys.modules])"
+    code = "import sys, topoqa_nb.runs.monitor; print([name for name in ('torch', 'pytorch_lightning') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

@@ -161,9 +161,6 @@ def section(
     return found if isinstance(found, Mapping) else {}
 
 
-_section = section  # its earlier name, while pages still use it
-
-
 def process_state(
     metadata: Mapping[str, object],  # of a run
 ) -> Literal["alive", "gone", "unknown"]:
