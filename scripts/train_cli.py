@@ -2,7 +2,7 @@
 
 import sys
 
-from topoqa_nb.entry import main
+from topoqa_nb.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

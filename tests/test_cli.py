@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
-from topoqa_nb.entry import joined_pairs, main
+from topoqa_nb.entry import joined_pairs
 from topoqa_nb.ground.core import TrainingError
 from topoqa_nb.pipeline_commands import parameter_value
 from topoqa_nb.runs.record import read_metadata
@@ -292,12 +293,12 @@ def test_a_sigterm_ends_a_run_with_143(demo: DemoPaths, tmp_path: Path):
 
 def test_failures_of_a_training_and_surprises_exit_with_1(monkeypatch: pytest.MonkeyPatch, capsys):
     problems = [TrainingError("epoch 1", "a finite loss", "nan", "lower it"), ZeroDivisionError("surprise")]
-    import topoqa_nb.training
+    import topoqa_nb.training.training
 
     def fail(*arguments: object, **options: object) -> None:
         raise problems.pop(0)
 
-    monkeypatch.setattr(topoqa_nb.training, "train", fail)
+    monkeypatch.setattr(topoqa_nb.training.training, "train", fail)
     assert main(["run", "--config", "config.yaml"]) == 1
     assert capsys.readouterr().err == "topoqa: error: epoch 1: expected a finite loss, found nan; lower it\n"
     assert main(["run", "--config", "config.yaml"]) == 1
@@ -305,12 +306,12 @@ def test_failures_of_a_training_and_surprises_exit_with_1(monkeypatch: pytest.Mo
 
 
 def test_ctrl_c_before_a_training_began_is_130(monkeypatch: pytest.MonkeyPatch, capsys):
-    import topoqa_nb.training
+    import topoqa_nb.training.training
 
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(topoqa_nb.training, "train", interrupt)
+    monkeypatch.setattr(topoqa_nb.training.training, "train", interrupt)
     assert main(["run", "--config", "config.yaml"]) == 130
     assert capsys.readouterr().err == "topoqa: stopped by SIGINT\n"
 
@@ -408,17 +409,17 @@ def test_what_a_batch_refuses(text: str | None, part: str, tmp_path: Path, capsy
 def test_a_batch_ends_with_its_table_and_a_code(
     status: str, code: int, jobs: object, tmp_path: Path, monkeypatch, capsys
 ):
-    import topoqa_nb.sweep
+    import topoqa_nb.sweep.sweep
 
     given = {}
 
-    def pretend(planned: list, **options: object) -> topoqa_nb.sweep.SweepResult:
+    def pretend(planned: list, **options: object) -> topoqa_nb.sweep.sweep.SweepResult:
         given.update(options, names=[job.name for job in planned])
-        return topoqa_nb.sweep.SweepResult(
-            (topoqa_nb.sweep.JobResult("a", tmp_path, status, -0.25, seconds=3.0),)
+        return topoqa_nb.sweep.sweep.SweepResult(
+            (topoqa_nb.sweep.sweep.JobResult("a", tmp_path, status, -0.25, seconds=3.0),)
         )
 
-    monkeypatch.setattr(topoqa_nb.sweep, "run_jobs", pretend)
+    monkeypatch.setattr(topoqa_nb.sweep.sweep, "run_jobs", pretend)
     words = ["--limit", "2", "--jobs", str(jobs), "--skip-completed", "--output-root", str(tmp_path)]
     assert main(["batch", "--manifest", "run_core.yaml", *words]) == code
     assert given.pop("names") == ["sched_boost_seed222", "sched_boost_lr035_seed222"]
@@ -427,7 +428,7 @@ def test_a_batch_ends_with_its_table_and_a_code(
     assert given == {
         "jobs": jobs,
         "say": print,
-        "watch": topoqa_nb.sweep.UNWATCHED,  # standard output is no terminal here
+        "watch": topoqa_nb.sweep.sweep.UNWATCHED,  # standard output is no terminal here
         "continue_on_error": False,
         "skip_completed": True,
         "executor": "local",
@@ -479,7 +480,7 @@ def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
 
 
 def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    import topoqa_nb.pipeline
+    import topoqa_nb.pipeline.pipeline
 
     given = {}
 
@@ -488,7 +489,7 @@ def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch
         final = {"checkpoint": "a", "primary_metric": "selection_metric", "score": -0.5, "run_name": "a"}
         return {"reports_dir": str(tmp_path), "run_root": str(tmp_path), "final": final}
 
-    monkeypatch.setattr(topoqa_nb.pipeline, "run_pipeline", record)
+    monkeypatch.setattr(topoqa_nb.pipeline.pipeline, "run_pipeline", record)
     names = "graph_dir train_labels val_labels test_labels manifest run_root reports_dir resume_from phase1_config"
     words = [word for name in names.split() for word in (f"--{name.replace('_', '-')}", f"{name}.x")]
     words += ["--skip-sweep", "--skip-fine", "--fast-dev-run", "--phase2-from", "sweep", "--num-workers", "2"]

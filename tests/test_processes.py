@@ -42,7 +42,7 @@ def server():
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     "A server, and what takes its place on other systems."
     if request.param == "plain":
-        monkeypatch.setattr("topoqa_nb.processes.sys.platform", "darwin")
+        monkeypatch.setattr("topoqa_nb.sweep.processes.sys.platform", "darwin")
     with ForkServer([]) as server:
         assert (server.process is None) == (request.param == "plain" or sys.platform != "linux")
         yield server
@@ -57,7 +57,7 @@ def start(server: ForkServer, folder: Path, code: str, *arguments: str, **enviro
 def test_a_copy_sees_what_a_plain_process_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = {}
     for platform in ("linux", "darwin"):
-        monkeypatch.setattr("topoqa_nb.processes.sys.platform", platform)
+        monkeypatch.setattr("topoqa_nb.sweep.processes.sys.platform", platform)
         with ForkServer([]) as server:
             process = start(server, tmp_path, SELF_PORTRAIT, "two words", "ä", COLOUR="red")
             assert process.wait() == 0, (tmp_path / "err").read_text()
@@ -143,7 +143,7 @@ def test_two_servers_at_a_time(tmp_path: Path):
 def test_copies_know_the_modules_and_draw_different_random_numbers(tmp_path: Path):
     code = """
 import os, random, sys, tempfile
-known = "topoqa_nb.training" in sys.modules, os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
+known = "topoqa_nb.training.training" in sys.modules, os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
 import numpy, torch
 print(*known, random.random(), tempfile.mktemp(), numpy.random.random(), torch.rand(1).item(), torch.initial_seed())
 """
@@ -263,8 +263,8 @@ def test_a_process_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path):
     code = """
 import os, resource
 from pathlib import Path
-from topoqa_nb.core import RunError
-from topoqa_nb.processes import ForkServer
+from topoqa_nb.ground.core import RunError
+from topoqa_nb.sweep.processes import ForkServer
 with ForkServer(["no_more_processes"]) as server:
     try:
         server.start(["-c", "pass"], os.environ, Path("out"), Path("err"))
@@ -296,7 +296,7 @@ def test_a_server_is_closed_at_once_while_it_imports(tmp_path: Path, monkeypatch
 OWNER = """
 import os, time
 from pathlib import Path
-from topoqa_nb.processes import ForkServer
+from topoqa_nb.sweep.processes import ForkServer
 server = ForkServer([])
 copies = [server.start(["-c", job], os.environ, Path(f"out{number}"), Path("err")) for number, job in enumerate(JOBS)]
 print(server.process.pid, *[copy.pid for copy in copies], flush=True)
@@ -338,9 +338,9 @@ def test_whoever_is_killed_the_copies_are_told_and_nobody_is_left(killed: str, t
 
 @linux
 def test_a_copy_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path):
-    code = OWNER.replace("from pathlib", "import topoqa_nb.processes\nfrom pathlib")
+    code = OWNER.replace("from pathlib", "import topoqa_nb.sweep.processes\nfrom pathlib")
     deaf = SAYS_LAST_WORDS.replace("signal.SIGTERM, stop", "signal.SIGTERM, signal.SIG_IGN")
-    (tmp_path / "hasty.py").write_text("import topoqa_nb.processes as page; page.STOP_SECONDS = 0.5")
+    (tmp_path / "hasty.py").write_text("import topoqa_nb.sweep.processes as page; page.STOP_SECONDS = 0.5")
     code = code.replace("JOBS", repr([deaf])).replace("ForkServer([])", "ForkServer(['hasty'])")
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     server, copy = map(int, owner.stdout.readline().split())
@@ -353,7 +353,7 @@ def test_a_copy_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path
 
 @linux
 def test_a_process_whose_parent_died_before_it_asked_stops_at_once():
-    code = "import time; from topoqa_nb.processes import stop_without_parent; stop_without_parent(1)"
+    code = "import time; from topoqa_nb.sweep.processes import stop_without_parent; stop_without_parent(1)"
     done = subprocess.run([sys.executable, "-c", f"{code}; time.sleep(60)"], timeout=30)
     assert done.returncode == -signal.SIGTERM
 

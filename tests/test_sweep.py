@@ -68,7 +68,7 @@ def stand_in(*scripts: str):
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     "A stand-in needs no PyTorch."
-    monkeypatch.setattr("topoqa_nb.sweep.PRELOADED", ())
+    monkeypatch.setattr("topoqa_nb.sweep.sweep.PRELOADED", ())
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +260,7 @@ def test_the_command_repeats_the_plan(tmp_path: Path, demo: DemoPaths):
 
 def test_threads_follow_the_configuration(tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.setattr("topoqa_nb.hardware.available_cores", lambda: 8)
+    monkeypatch.setattr("topoqa_nb.ground.machine.available_cores", lambda: 8)
     jobs = [plan(tmp_path, demo, overrides=[f"trainer.num_threads={count}"])[0] for count in (1, 2, "auto")]
     found = [[child_environment(job, slots)["OMP_NUM_THREADS"] for job in jobs] for slots in (1, 3)]
     assert found == [["1", "2", "8"], ["1", "2", "2"]]
@@ -270,7 +270,7 @@ def test_threads_follow_the_configuration(tmp_path: Path, demo: DemoPaths, monke
 def test_auto_fills_the_cores_and_is_never_more_than_jobs(
     asked: object, slots: int, tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("topoqa_nb.sweep.available_cores", lambda: 3)
+    monkeypatch.setattr("topoqa_nb.sweep.jobs.available_cores", lambda: 3)
     assert job_slots(asked, plan(tmp_path, demo, "abcd")) == slots  # three and one would leave two cores idle
     assert job_slots(asked, plan(tmp_path, demo, "a")) == 1
 
@@ -281,7 +281,7 @@ def test_a_process_learns_how_many_share_the_cores_and_its_configuration_stays(
 ):
     "The child's own count, its libraries' limit, and what is said are the same."
     script = (
-        "from topoqa_nb.hardware import thread_count; import torch;"
+        "from topoqa_nb.ground.machine import thread_count; import torch;"
         "found = [thread_count('auto'), int(os.environ['OMP_NUM_THREADS']), torch.get_num_threads()];"
         "say('completed', found=found)"
     )
@@ -324,7 +324,7 @@ def test_every_graph_directory_is_packed_once_before_the_first_job(
         opened.append((graph_dir, options["store_dir"]))
         return open_store(graph_dir, **options)
 
-    monkeypatch.setattr("topoqa_nb.sweep.open_store", counted)
+    monkeypatch.setattr("topoqa_nb.sweep.sweep.open_store", counted)
     result = run_jobs(jobs, command=stand_in(COMPLETES), say=lambda line: None)
     assert result.completed
     assert opened == [
@@ -367,7 +367,7 @@ def test_a_signal_while_packing_starts_nothing(
         os.kill(os.getpid(), signum)
         time.sleep(5)
 
-    monkeypatch.setattr("topoqa_nb.sweep.open_store", interrupted)
+    monkeypatch.setattr("topoqa_nb.sweep.sweep.open_store", interrupted)
     job = plan(tmp_path, demo)[0]
     with pytest.raises(Interrupted) as caught:
         run_jobs([job], command=stand_in(COMPLETES), say=lambda line: None)
@@ -504,7 +504,7 @@ def test_what_a_dead_job_has_started_does_not_outlive_it(tmp_path: Path, demo: D
 def test_a_job_that_ignores_the_signal_is_killed(
     tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("topoqa_nb.sweep.STOP_SECONDS", 0.5)
+    monkeypatch.setattr("topoqa_nb.sweep.sweep.STOP_SECONDS", 0.5)
     script = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); say('running', pid=os.getpid());"
         "print('Epoch 000 | val_loss=1', flush=True); time.sleep(60)"
@@ -551,7 +551,7 @@ def test_signal_handlers_are_put_back(tmp_path: Path, demo: DemoPaths):
 BATCH = f"""
 import functools, sys
 import topoqa_nb.cli
-import topoqa_nb.sweep as sweep
+import topoqa_nb.sweep.sweep as sweep
 topoqa_nb.cli.PRELOADED = ()  # a stand-in needs no PyTorch
 script = sys.argv.pop(1)
 command = lambda job: ["-c", {STAND_IN!r}, str(job.run.path), script]
@@ -561,7 +561,7 @@ sys.exit(topoqa_nb.cli.main())
 # The files of a run after two of three epochs of a minute each.
 TWO_EPOCHS = """
 say('running', progress={'epochs': 3}, selection={'best_score': -0.61}, runtime={'epoch_seconds': [61.0, 61.0]})
-from topoqa_nb.runs import METRIC_COLUMNS
+from topoqa_nb.runs.runs import METRIC_COLUMNS
 rows = [{'epoch': 0, 'step': 1, 'val_loss': 0.08}, {'epoch': 1, 'step': 2, 'val_loss': 0.0712, 'val_spearman_corr': 0.68}]
 (run / 'metrics').mkdir()
 lines = [','.join(str(row.get(name, '')) for name in METRIC_COLUMNS) for row in rows]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from topoqa_nb.entry import main
+from topoqa_nb.cli import main
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import write_json
 from topoqa_nb.runs.record import read_metadata, update_metadata

@@ -51,12 +51,9 @@ def run_figures(
 COLUMNS = ("job", "status", "epoch", "val_loss", "val_\nspearman", "best", "elapsed", "time left")
 
 
-STATUS_STYLES = {"running": "bold", "failed": "red", "interrupted": "red", "waiting": "dim"}
-
-
 def job_cells(
     name: str,  # of the job
-    status: str,
+    status: str,  # waiting, running, stopping, or how it ended
     seconds: float | None,  # since its start
     figures: Mapping[str, object],  # from `run_figures`
 ) -> list[str]:  # as `COLUMNS`
@@ -81,9 +78,12 @@ def _clock(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 # %% ../../nbs/6_sweep/64_table.ipynb #64-008
+STATUS_STYLES = {"running": "bold", "failed": "red", "interrupted": "red", "waiting": "dim"}
+
+
 def jobs_table(
     rows: Sequence[Sequence[str]],  # from `job_cells`, in the order of the manifest
-    height: int,  # lines of the screen
+    height: int,  # lines of the screen, > 0
 ) -> Table:
     "All jobs, under a title that counts them."
     count = Counter(row[1] for row in rows)
@@ -108,7 +108,7 @@ LOOK_SECONDS = 1.0  # between two drawings of the table
 class JobTable:
     "Draws the jobs of a supervisor."
 
-    live: Live
+    live: Live  # the place on the screen
     last: float = -math.inf  # when it was drawn; time.monotonic()
     ended_figures: Callable[[RunDirectory], Mapping] = field(default_factory=lambda: cache(run_figures))
 
@@ -119,6 +119,7 @@ class JobTable:
             self.last = time.monotonic()
 
     def row(self, crew: Supervisor, job: Job) -> list[str]:
+        "The cells of a job, however far it is."
         if result := crew.results.get(job.name):
             figures = self.ended_figures(RunDirectory(result.run_dir))
             return job_cells(job.name, result.status, result.seconds, figures)
