@@ -34,7 +34,7 @@ from topoqa_nb.data.packing import (
     pack_graphs,
     read_unchanged,
 )
-from ..ground.console import say, log
+from ..ground.console import log, say
 from ..ground.core import write_text
 
 # %% ../../nbs/1_data/13_store.ipynb #13-007

@@ -380,11 +380,10 @@ class ForkServer(contextlib.AbstractContextManager):
             self.server.listen(wait=True)
         return self.server.ask(_request(arguments, environment, output, errors))
 
-    def __exit__(self, *problem: object) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *problem: object) -> None:
         "End the server; copies that still run are told to stop."
         if self.server:
             self.server.close()
         self.errors.close()
+
+    __exit__ = close
