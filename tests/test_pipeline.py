@@ -33,7 +33,7 @@ from topoqa_nb.pipeline.plan import (
     plan_pipeline,
 )
 from topoqa_nb.pipeline.stage_record import read_stage
-from topoqa_nb.pipeline.stages import finish, phase1_stage, phase2_stage, sweep_stage
+from topoqa_nb.pipeline.stages import fine_tune_config, finish, phase1_stage, phase2_stage, sweep_stage
 from topoqa_nb.runs.record import update_metadata
 from topoqa_nb.runs.runs import create_run
 from topoqa_nb.sweep.jobs import JobResult, SweepResult
@@ -267,7 +267,7 @@ def test_a_name_that_exists_gets_a_counter(given, tmp_path):
 
 def test_skip_sweep_compares_completed_runs_on_the_same_data(given, tmp_path):
     first = opened(given, tmp_path)
-    fingerprint = open_data(pipeline_module.fine_tune_config(first)).fingerprint
+    fingerprint = open_data(fine_tune_config(first)).fingerprint
     sweep_stage(first, StandIn({"plain": -0.4, "lr035": -0.6}, fingerprint=fingerprint))
     phase1_stage(first, StandIn({}, fingerprint="another data set"))
     archived = Path(given["run_root"]) / sweep_stage(first)["best"]["run_dir"]
@@ -290,7 +290,7 @@ def test_skip_sweep_compares_completed_runs_on_the_same_data(given, tmp_path):
 
 def test_skip_sweep_cuts_the_ending_of_a_phase(given, tmp_path):
     first = opened(given, tmp_path)
-    fingerprint = open_data(pipeline_module.fine_tune_config(first)).fingerprint
+    fingerprint = open_data(fine_tune_config(first)).fingerprint
     base = sweep_stage(first, StandIn(fingerprint=fingerprint))["start"]["name"]
     phase1_stage(first, StandIn({f"{base}_phase1": -0.9}, fingerprint=fingerprint, improved=True))
     later = opened(given | {"skip_sweep": True, "reports_dir": str(tmp_path / "later")}, tmp_path)
@@ -441,6 +441,6 @@ def test_two_pipelines_do_not_share_a_reports_folder(given, tmp_path):
     assert [path.name for path in reports.iterdir() if not path.name.startswith(".")] == []
     opened(asked, tmp_path)
     assert opened(asked, tmp_path).reports_dir == reports  # the same process may go on
-    other = "import sys; from pathlib import Path; from topoqa_nb.core import held; held(Path(sys.argv[1])).__enter__()"
+    other = "import sys; from pathlib import Path; from topoqa_nb.ground.core import held; held(Path(sys.argv[1])).__enter__()"
     done = subprocess.run([sys.executable, "-c", other, str(reports)], capture_output=True, text=True)
     assert "another process is writing to" in done.stderr

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
+from topoqa_nb.ground import machine
 from topoqa_nb.ground.core import (
     ConfigError,
     DataError,
@@ -29,7 +30,8 @@ from topoqa_nb.ground.files import find_shipped
 from topoqa_nb.ground.machine import cached_fraction, filesystem_type, free_memory
 from topoqa_nb.ground.signals import Interrupted
 from topoqa_nb.pipeline.plan import DEMO_PHASES, settle
-from topoqa_nb.ramdisk import ramdisk as ramdisk
+from topoqa_nb.ramdisk import modes, ramdisk, staging
+from topoqa_nb.ramdisk import volume as volume_page
 from topoqa_nb.ramdisk.modes import asked_pipeline, check_place, settled_parameters
 from topoqa_nb.ramdisk.ramdisk import compare, open_comparison, write_report
 from topoqa_nb.ramdisk.ramdisk_report import conclusion
@@ -41,6 +43,7 @@ from topoqa_nb.ramdisk.staging import (
     ramdisk_settings,
 )
 from topoqa_nb.ramdisk.volume import (
+    MEMORY_FILESYSTEMS,
     OWNER,
     SHM,
     find_volumes,
@@ -52,7 +55,7 @@ from topoqa_nb.ramdisk.volume import (
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "pipelines" / "ramdisk_comparison.ipynb"
 needs_shm = pytest.mark.skipif(
-    not (SHM.is_dir() and filesystem_type(SHM) in ramdisk.MEMORY_FILESYSTEMS and os.access(SHM, os.W_OK)),
+    not (SHM.is_dir() and filesystem_type(SHM) in MEMORY_FILESYSTEMS and os.access(SHM, os.W_OK)),
     reason="needs a /dev/shm in memory that can be written",
 )
 
@@ -106,13 +109,13 @@ def test_a_failure_inside_removes_the_volume(settings, name):
 
 @needs_shm
 def test_a_signal_while_the_volume_is_being_removed_waits(settings, name, monkeypatch):
-    remove = ramdisk.remove_volume
+    remove = volume_page.remove_volume
 
     def slowly(volume):
         os.kill(os.getpid(), signal.SIGTERM)
         remove(volume)
 
-    monkeypatch.setattr(ramdisk, "remove_volume", slowly)
+    monkeypatch.setattr(volume_page, "remove_volume", slowly)
     with pytest.raises(Interrupted), ram_volume(settings, 1):
         pass
     assert volumes(name) == []
@@ -184,23 +187,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(tiny, manifest, tm
 
 def test_no_shared_memory_is_one_line(settings, tiny, tmp_path, monkeypatch):
     source = find_source(tiny.graph_dir)
-    monkeypatch.setattr(ramdisk, "SHM", tmp_path / "none")
+    monkeypatch.setattr(modes, "SHM", tmp_path / "none")
     with pytest.raises(
         ConfigError, match="none: expected a folder in memory, found no such folder; use --mount"
     ):
         check_place(source, settings)
-    monkeypatch.setattr(ramdisk, "SHM", tmp_path)
-    monkeypatch.setattr(ramdisk, "filesystem_type", lambda path: "ext4")
+    monkeypatch.setattr(modes, "SHM", tmp_path)
+    monkeypatch.setattr(volume_page, "filesystem_type", lambda path: "ext4")
     with pytest.raises(ConfigError, match="expected a file system in memory, found ext4"):
         check_place(source, settings)
 
 
 def test_a_small_shared_memory_is_one_line(settings, tiny, monkeypatch):
     monkeypatch.setattr(
-        ramdisk.shutil, "disk_usage", lambda path: ramdisk.shutil._ntuple_diskusage(1, 1, 100)
+        staging.shutil, "disk_usage", lambda path: staging.shutil._ntuple_diskusage(1, 1, 100)
     )
     with pytest.raises(ConfigError, match="found 100 bytes free; use --mount, or start the container"):
-        ramdisk.check_room(10_000, settings, 2**40, SHM)
+        staging.check_room(10_000, settings, 2**40, SHM)
 
 
 def test_a_container_limit_counts(tmp_path, monkeypatch):
@@ -210,8 +213,8 @@ def test_a_container_limit_counts(tmp_path, monkeypatch):
         write_text(group / f"memory.{file}", f"{text}\n")
     write_text(group / "memory.stat", "cache 5\ntotal_inactive_file 100000\n")
     membership = "5:cpu,cpuacct:/docker\n4:memory:/docker/step\n"
-    assert ramdisk.cgroup_free(tmp_path, membership) == 400_000
-    monkeypatch.setattr(ramdisk, "cgroup_free", lambda: 400_000)
+    assert machine.cgroup_free(tmp_path, membership) == 400_000
+    monkeypatch.setattr(machine, "cgroup_free", lambda: 400_000)
     assert free_memory() == 400_000
 
 
@@ -219,13 +222,16 @@ def test_a_container_limit_counts(tmp_path, monkeypatch):
 
 STAND_IN = """
 import os, sys, time
-from topoqa_nb import ramdisk
+from topoqa_nb.ground.signals import Interrupted
+from topoqa_nb.ramdisk import modes
+from topoqa_nb.ramdisk.ramdisk import compare
+from topoqa_nb.ramdisk.staging import ramdisk_settings
 name, graph_dir, manifest, root = sys.argv[1:]
-ramdisk.mode_command = lambda job, outcome: [sys.executable, "-c", "import time; time.sleep(300)"]
-settings = ramdisk.ramdisk_settings({"name": name, "headroom": "16M", "graph_dir": graph_dir, "manifest": manifest, "skip_baseline": True})
+modes.mode_command = lambda job, outcome: [sys.executable, "-c", "import time; time.sleep(300)"]
+settings = ramdisk_settings({"name": name, "headroom": "16M", "graph_dir": graph_dir, "manifest": manifest, "skip_baseline": True})
 try:
-    ramdisk.compare(settings, {"run_root": root}, say=lambda line: print(line, flush=True))
-except ramdisk.Interrupted as stop:
+    compare(settings, {"run_root": root}, say=lambda line: print(line, flush=True))
+except Interrupted as stop:
     sys.exit(128 + stop.signum)
 """
 
@@ -478,7 +484,7 @@ def stand_in(monkeypatch) -> list:
             "runs": [{"name": "one", "epoch_seconds": [0.4, 0.2]}],
         }
 
-    monkeypatch.setattr(ramdisk, "timed_process", timed)
+    monkeypatch.setattr(modes, "timed_process", timed)
     return asked
 
 
@@ -577,7 +583,7 @@ def test_graph_dir_of_the_environment_is_used_unless_told_otherwise(settings, ti
 def test_a_pipeline_that_fails_leaves_a_record_and_no_volume(run, tmp_path, name, monkeypatch):
     program = "import sys, json; open(sys.argv[1], 'w').write(json.dumps({'status': 'failed', 'error': {'kind': 'TrainingError', 'text': 't', 'where': 'one', 'expected': 'a finite loss', 'found': 'nan', 'fix': 'lower it'}}))"
     monkeypatch.setattr(
-        ramdisk, "mode_command", lambda job, outcome: [sys.executable, "-c", program, str(outcome)]
+        modes, "mode_command", lambda job, outcome: [sys.executable, "-c", program, str(outcome)]
     )
     with pytest.raises(TrainingError, match="one: expected a finite loss, found nan"):
         run(skip_baseline=True)
@@ -590,7 +596,7 @@ def test_a_pipeline_that_fails_leaves_a_record_and_no_volume(run, tmp_path, name
 @needs_shm
 def test_a_pipeline_that_dies_without_a_word_is_named(run, monkeypatch):
     monkeypatch.setattr(
-        ramdisk, "mode_command", lambda job, outcome: [sys.executable, "-c", "raise SystemExit(9)"]
+        modes, "mode_command", lambda job, outcome: [sys.executable, "-c", "raise SystemExit(9)"]
     )
     with pytest.raises(TrainingError, match="console.log"):
         run(skip_baseline=True)
@@ -611,8 +617,8 @@ def test_a_mistake_in_the_pipeline_shows_before_anything_is_copied(run, stand_in
 def test_skip_sweep_starts_both_modes_from_one_checkpoint(settings, tiny, manifest, tmp_path, monkeypatch):
     checkpoint = write_text(tmp_path / "runs" / "best" / "model_checkpoints" / "best.chkpt", "weights")
     start = {"run_name": "best", "checkpoint": "best/model_checkpoints/best.chkpt"}
-    monkeypatch.setattr(ramdisk, "earlier_runs", lambda pipeline: [start])
-    monkeypatch.setattr(ramdisk, "best_run", lambda runs: runs[0])
+    monkeypatch.setattr(modes, "earlier_runs", lambda pipeline: [start])
+    monkeypatch.setattr(modes, "best_run", lambda runs: runs[0])
     values = {"graph_dir": str(tiny.graph_dir), "run_root": str(tmp_path / "runs"), "skip_sweep": True}
     parameters = settled_parameters(settle(asked_pipeline(settings, values, {})))
     assert parameters.resume_from == checkpoint
@@ -632,7 +638,7 @@ def test_the_demo_data_keep_their_manifest_and_short_phases(settings, tmp_path, 
 
 def test_a_copy_that_is_damaged_is_noticed(tiny, tmp_path, monkeypatch):
     source = find_source(tiny.graph_dir)
-    monkeypatch.setattr(ramdisk, "sha256_file", lambda path: "another")
+    monkeypatch.setattr(staging, "sha256_file", lambda path: "another")
     with pytest.raises(DataError, match="bytes of .*; start again when nothing writes to the graphs"):
         copy_verified(source, tmp_path / "copy")
 
@@ -669,7 +675,7 @@ def test_the_page_cache_is_measured(tmp_path):
         writing.write(os.urandom(64 * mmap.PAGESIZE))
         writing.flush()
         os.fsync(writing.fileno())
-    if cached_fraction([file]) is None or filesystem_type(tmp_path) in ramdisk.MEMORY_FILESYSTEMS:
+    if cached_fraction([file]) is None or filesystem_type(tmp_path) in MEMORY_FILESYSTEMS:
         pytest.skip("needs Linux and a temporary folder on a disk")
     file.read_bytes()
     assert cached_fraction([file]) == 1.0

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import yaml
 
+from topoqa_nb.cli import main
 from topoqa_nb.data.store import open_store
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
-from topoqa_nb.cli import main
 from topoqa_nb.network.weights import read_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")

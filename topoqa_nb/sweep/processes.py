@@ -348,10 +348,7 @@ def _request(
 class ForkServer(contextlib.AbstractContextManager):
     "Starts processes that have imported already; a context manager."
 
-    def __init__(
-        self,
-        modules: Sequence[str],  # imported before the first process is made
-    ):
+    def __init__(self, modules: Sequence[str]):  # imported before the first process is made
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.server = _ServerProcess(modules, self.errors) if sys.platform == "linux" else None
 
