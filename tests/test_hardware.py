@@ -18,7 +18,6 @@ from topoqa_nb.ground.core import ConfigError, to_json
 from topoqa_nb.ground.machine import PARALLEL_VARIABLE, available_cores, thread_count
 from topoqa_nb.ground.settings import Config, TrainerConfig
 from topoqa_nb.network.kernels import choose_kernel
-from topoqa_nb.training import devices as hardware
 from topoqa_nb.training.devices import (
     FALLBACK,
     check_device,
@@ -126,7 +125,7 @@ def test_without_an_affinity_mask_the_machine_is_counted(tmp_path: Path, monkeyp
 def test_a_process_bound_to_one_core_uses_one():
     code = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
-        "from topoqa_nb.hardware import available_cores, thread_count;"
+        "from topoqa_nb.ground.machine import available_cores, thread_count;"
         "print(available_cores(), thread_count('auto'))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -134,13 +133,13 @@ def test_a_process_bound_to_one_core_uses_one():
 
 
 def test_auto_threads_are_shared_among_jobs(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hardware, "available_cores", lambda: 8)
+    monkeypatch.setattr("topoqa_nb.ground.machine.available_cores", lambda: 8)
     assert [thread_count("auto", jobs) for jobs in (1, 3, 8, 9)] == [8, 2, 1, 1]
     assert thread_count(6, 4) == 6
 
 
 def test_a_sweep_says_how_many_share_the_cores(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("topoqa_nb.hardware.available_cores", lambda: 8)
+    monkeypatch.setattr("topoqa_nb.ground.machine.available_cores", lambda: 8)
     assert thread_count("auto") == 8
     monkeypatch.setenv(PARALLEL_VARIABLE, "3")
     assert [thread_count("auto"), thread_count("auto", 1), thread_count(5)] == [2, 8, 5]
@@ -307,7 +306,7 @@ def test_a_forced_kernel_is_reported_and_must_fit(machine, monkeypatch):
 PAGE_FAULTS = """
 import ctypes, resource, sys
 import torch
-from topoqa_nb.hardware import keep_freed_memory
+from topoqa_nb.training.devices import keep_freed_memory
 for option in (-1, -3):
     assert ctypes.CDLL(None).mallopt(option, 128 * 1024) == 1
 told = keep_freed_memory() if sys.argv[1] == "keep" else None
@@ -334,8 +333,8 @@ def test_freed_memory_is_used_again():
 def test_the_users_own_allocator_settings_win(monkeypatch: pytest.MonkeyPatch):
     told = []
     library = SimpleNamespace(mallopt=lambda *values: told.append(values) or 1)
-    monkeypatch.setattr("topoqa_nb.hardware.ctypes.CDLL", lambda name: library)
-    monkeypatch.setattr("topoqa_nb.hardware.sys.platform", "linux")
+    monkeypatch.setattr("topoqa_nb.training.devices.ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr("topoqa_nb.training.devices.sys.platform", "linux")
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
     assert keep_freed_memory()
     assert told == [(-3, 32 * 2**20)]
@@ -349,6 +348,6 @@ def test_so_do_the_tunables(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("system", ["linux", "darwin"])
 def test_other_allocators_are_left_alone(system: str, monkeypatch: pytest.MonkeyPatch):
     "As musl, whose library has no such function."
-    monkeypatch.setattr("topoqa_nb.hardware.ctypes.CDLL", lambda name: SimpleNamespace())
-    monkeypatch.setattr("topoqa_nb.hardware.sys.platform", system)
+    monkeypatch.setattr("topoqa_nb.training.devices.ctypes.CDLL", lambda name: SimpleNamespace())
+    monkeypatch.setattr("topoqa_nb.training.devices.sys.platform", system)
     assert not keep_freed_memory()

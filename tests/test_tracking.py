@@ -23,7 +23,7 @@ from topoqa_nb.ground.settings import MlflowConfig
 from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
 from topoqa_nb.runs.runs import METRIC_COLUMNS, append_metrics, create_run, read_metrics
 from topoqa_nb.runs.selection import candidate, update_links
-from topoqa_nb.training import tracking as tracking
+from topoqa_nb.training import mlflow_store, tracking
 from topoqa_nb.training.mlflow_run import PARENT_VARIABLE
 from topoqa_nb.training.mlflow_store import (
     check_tracking,
@@ -195,9 +195,9 @@ def test_an_old_file_store_does_not_stop_a_run(tmp_path, store, lines):
 USER = """
 import sys, time
 from pathlib import Path
-from topoqa_nb.config import load_config
-from topoqa_nb.runs import RunDirectory
-from topoqa_nb.tracking import open_tracker
+from topoqa_nb.ground.config import load_config
+from topoqa_nb.runs.record import RunDirectory
+from topoqa_nb.training.tracking import open_tracker
 run = RunDirectory(Path(sys.argv[1]))
 config = load_config(run.config_file).config.mlflow
 Path(sys.argv[2]).touch()
@@ -232,7 +232,7 @@ def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path, monk
         Path(command[-1].removeprefix("sqlite:///")).write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tracking.subprocess, "run", killed)
+    monkeypatch.setattr(mlflow_store.subprocess, "run", killed)
     with pytest.raises(KeyboardInterrupt):
         make_database(tmp_path / "mlflow.db")
     assert list(tmp_path.iterdir()) == []
@@ -243,8 +243,8 @@ def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path, monk
 
 def test_tracking_that_is_off_does_not_import_mlflow(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from topoqa_nb.tracking import *\n"
-        "from topoqa_nb.config import MlflowConfig; from topoqa_nb.runs import RunDirectory\n"
+        "import sys; from pathlib import Path; from topoqa_nb.training.tracking import *\n"
+        "from topoqa_nb.ground.settings import MlflowConfig; from topoqa_nb.runs.record import RunDirectory\n"
         "with open_tracker(RunDirectory(Path('absent')), MlflowConfig()), open_sweep_run(MlflowConfig(), 'a'): pass\n"
         "assert 'mlflow' not in sys.modules"
     )
@@ -270,7 +270,7 @@ def test_a_server_that_refuses_costs_one_line_without_the_password(tmp_path, lin
 
 
 def test_a_server_that_never_answers_costs_seconds(tmp_path, monkeypatch, lines):
-    monkeypatch.setitem(tracking.BRIEF, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setitem(mlflow_store.BRIEF, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         run = new_run(tmp_path, f"http://127.0.0.1:{deaf.getsockname()[1]}")
         started = time.monotonic()
@@ -313,7 +313,7 @@ def test_what_failed_in_the_middle_is_there_at_the_end_and_once(
             raise ConnectionError("reset by peer")
 
     monkeypatch.setattr(MlflowClient, "log_batch", unreliable)
-    monkeypatch.setattr(tracking, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(mlflow_store, "PAUSE_SECONDS", 0.0)
     train_epochs(run)
     assert history(run) == list(enumerate(LOSSES))
     assert len([line for line in lines() if "left out" in line]) == 1

@@ -191,8 +191,8 @@ def test_a_run_that_cannot_start_leaves_nothing(tiny, tmp_path):
 
 SLOW = """
 import sys, time
-from topoqa_nb import training
-from topoqa_nb.config import load_config
+from topoqa_nb.training import training
+from topoqa_nb.ground.config import load_config
 step = training.TopoQAModule.training_step
 training.TopoQAModule.training_step = lambda self, *a: (time.sleep(0.1), step(self, *a))[1]
 try:
