@@ -57,8 +57,9 @@ class MlflowTracker(Callback):
         self._do(lambda: self.copy.close(status), at_once=True)
 
     def _open(self) -> None:
-        self.copy = RunCopy(self.run, self.config, open_mlflow_store(self.config))
-        self.copy.open()
+        copy = RunCopy(self.run, self.config, open_mlflow_store(self.config))
+        copy.open()
+        self.copy = copy
 
     def _do(self, action: Callable[[], object], at_once: bool = False) -> None:
         def opened() -> None:
