@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path
@@ -89,6 +90,7 @@ def _shown(part: Tag, anchors: dict[str, str], to_mathml: Callable[[str, bool], 
         return f'<div class="output">{part.decode_contents()}</div>'
     for link in part.select("a[href]"):
         link["href"] = book_link(link["href"])
+        link["class"] = ["headerlink"] if "anchor-link" in link.get("class", []) else []
     for text in part.find_all(string=re.compile(r"\$")):
         if not text.find_parent(["code", "pre"]):
             text.replace_with(BeautifulSoup(with_formulas(str(text), to_mathml), "html.parser"))
@@ -119,9 +121,9 @@ def with_anchors(
     anchors: dict[str, str],  # name -> id
 ) -> str:
     "The code with an id at the definition of each name, which the index of the API links to."
-    for name, anchor in anchors.items():
-        definition = r'^(<span></span>)?(<span class="k">(?:def|class)</span>(?:<[^>]*>| |</span>)*?<span class="n[fc]")'
-        code = re.sub(rf"{definition}>{name}<", rf'\1\2 id="{anchor}">{name}<', code, count=1, flags=re.M)
+    begins = r'^((?:<span></span>)?)(<span class="k">(?:def|class)</span>(?:<span class="w"> </span>| )<span class="n[fc]">'
+    for name, anchor in anchors.items():  # the theme hides an empty `a` in code; other ids break its lines
+        code = re.sub(rf"{begins}{name}<)", rf'\1<a id="{anchor}"></a>\2', code, count=1, flags=re.MULTILINE)
     return code
 
 
@@ -150,6 +152,7 @@ def definitions(
     ]
 
 
+@lru_cache
 def api(root: Path) -> dict[Path, tuple[str, list[Definition]]]:
     "Page -> the dotted name of its module and what it offers, in the order of reading."
     found = {}
@@ -173,7 +176,7 @@ def api_index(root: Path) -> str:
 def _table(rows: list[tuple[str, str]]) -> list[str]:
     "Rows of names and summaries in Markdown; nothing when there are none."
     lines = [f"| {name} | {summary.replace('|', chr(92) + '|')} |" for name, summary in rows]
-    return ["| name | |", "|---|---|", *lines, ""] if lines else []
+    return ["| name | what it is |", "|---|---|", *lines, ""] if lines else []
 
 
 # Links of the built book
@@ -230,6 +233,7 @@ def _is_met(target: str, page: Path, site: Path, pages: dict[Path, _Links]) -> b
 
 def on_config(config):
     "The navigation follows from the folders."
+    api.cache_clear()  # `mkdocs serve` builds again and again
     config.nav = navigation(ROOT)
     return config
 
