@@ -9,8 +9,9 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
+from html import escape
 from html.parser import HTMLParser
 from itertools import groupby
 from pathlib import Path
@@ -90,7 +91,8 @@ def _shown(part: Tag, anchors: dict[str, str], to_mathml: Callable[[str, bool], 
         return f'<div class="output">{part.decode_contents()}</div>'
     for link in part.select("a[href]"):
         link["href"] = book_link(link["href"])
-        link["class"] = ["headerlink"] if "anchor-link" in link.get("class", []) else []
+        if "anchor-link" in link.get("class", []):
+            link["class"] = "headerlink"  # which the theme shows where the mouse is
     for text in part.find_all(string=re.compile(r"\$")):
         if not text.find_parent(["code", "pre"]):
             text.replace_with(BeautifulSoup(with_formulas(str(text), to_mathml), "html.parser"))
@@ -107,13 +109,8 @@ def with_formulas(text: str, to_mathml: Callable[[str, bool], str]) -> str:
     pieces = re.split(r"(\$\$.+?\$\$|\$[^$]+\$)", text, flags=re.DOTALL)
     for at, piece in enumerate(pieces):
         formula = piece.strip("$")
-        pieces[at] = to_mathml(formula, piece.startswith("$$")) if at % 2 else _escaped(piece)
+        pieces[at] = to_mathml(formula, piece.startswith("$$")) if at % 2 else escape(piece, quote=False)
     return "".join(pieces)
-
-
-def _escaped(text: str) -> str:
-    "Text for HTML."
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def with_anchors(
@@ -164,12 +161,19 @@ def api(root: Path) -> dict[Path, tuple[str, list[Definition]]]:
 
 def api_index(root: Path) -> str:
     "The page that lists every public name below the page that exports it."
-    lines = ["# API", "", "Every public function and class, with the page that defines, shows and tests it.", ""]
+    lines = [
+        "# API",
+        "",
+        "Every public function and class, with the page that defines, shows and tests it.",
+        "",
+    ]
     for folder, pages in groupby(api(root).items(), key=lambda entry: entry[0].parent):
         lines += [f"## {chapter_title(folder.name) if folder.name else 'Outside chapters'}", ""]
         for page, (dotted, offered) in pages:
             lines += [f"### [{dotted}]({page.as_posix()})", ""]
-            lines += _table([(f"[`{one.name}`]({page.as_posix()}#{one.anchor})", one.summary) for one in offered])
+            lines += _table(
+                [(f"[`{one.name}`]({page.as_posix()}#{one.anchor})", one.summary) for one in offered]
+            )
     return "\n".join(lines)
 
 
