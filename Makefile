@@ -59,4 +59,4 @@ lab: $(STAMP) ## open the pages in JupyterLab
 	$(BIN)/jupyter lab nbs
 
 docs: $(DOCS_STAMP) ## the pages as a book with search, in _docs/; no network is needed to read it
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict && echo "make docs: open _docs/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "make docs: open _docs/index.html"

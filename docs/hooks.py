@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from html import escape
@@ -73,14 +74,26 @@ def tidy(
     to_mathml: Callable[[str, bool], str],  # formula and whether it has a line of its own -> MathML
 ) -> str:
     "Prose, code and stored outputs alone; styles, scripts and buttons of JupyterLab stay behind."
-    parts = []
-    for cell in BeautifulSoup(page, "html.parser").select(".jp-Notebook > .jp-Cell"):
+    parts, soup = [], BeautifulSoup(page, "html.parser")
+    _tell_headings_apart(soup)
+    for cell in soup.select(".jp-Notebook > .jp-Cell"):
         code = cell.select_one(".highlight-ipynb")
         if code and code.get_text().lstrip().startswith(HIDDEN):
             continue
         for part in cell.select(".jp-MarkdownOutput, .highlight-ipynb, .jp-OutputArea-output"):
             parts.append(_shown(part, anchors, to_mathml))
     return "\n".join(parts)
+
+
+def _tell_headings_apart(soup: BeautifulSoup) -> None:
+    "Headings with the same words get the ids that the table of contents expects: `x`, `x_1`, `x_2`."
+    seen = Counter()
+    for link in soup.select(".jp-MarkdownOutput .anchor-link"):
+        name = link.parent["id"]
+        if seen[name]:
+            link.parent["id"] = f"{name}_{seen[name]}"
+            link["href"] = f"#{link.parent['id']}"
+        seen[name] += 1
 
 
 def _shown(part: Tag, anchors: dict[str, str], to_mathml: Callable[[str, bool], str]) -> str:
@@ -118,9 +131,10 @@ def with_anchors(
     anchors: dict[str, str],  # name -> id
 ) -> str:
     "The code with an id at the definition of each name, which the index of the API links to."
-    begins = r'^((?:<span></span>)?)(<span class="k">(?:def|class)</span>(?:<span class="w"> </span>| )<span class="n[fc]">'
+    keyword = '<span class="k">(?:async|def|class)</span>(?:<span class="w"> </span>| )'
     for name, anchor in anchors.items():  # the theme hides an empty `a` in code; other ids break its lines
-        code = re.sub(rf"{begins}{name}<)", rf'\1<a id="{anchor}"></a>\2', code, count=1, flags=re.MULTILINE)
+        begins = rf'^((?:<span></span>)?)((?:{keyword})+<span class="n[fc]">{name}<)'
+        code = re.sub(begins, rf'\1<a id="{anchor}"></a>\2', code, count=1, flags=re.MULTILINE)
     return code
 
 
@@ -238,6 +252,7 @@ def _is_met(target: str, page: Path, site: Path, pages: dict[Path, _Links]) -> b
 def on_config(config):
     "The navigation follows from the folders."
     api.cache_clear()  # `mkdocs serve` builds again and again
+    logging.getLogger("mkdocs.mkdocs-jupyter").setLevel(logging.WARNING)  # else it says a line for each page
     config.nav = navigation(ROOT)
     return config
 

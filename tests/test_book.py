@@ -2,9 +2,9 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
@@ -44,7 +44,7 @@ def write_page(root: Path, name: str, title: str, module: str = "") -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    "Three chapters' worth of numbers that do not sort as text, and one module."
+    "Pages with numbers that do not sort as text, and one module."
     write_page(tmp_path, "99_cli.ipynb", "The command line")
     write_page(tmp_path, "1_data/18a_demo.ipynb", "Demo")
     write_page(tmp_path, "1_data/18_complexes.ipynb", "Complexes")
@@ -70,10 +70,10 @@ def test_the_order_and_the_titles_follow_from_folders_and_pages(tree: Path):
 
 
 def test_the_book_holds_every_page_once():
-    entries = hooks.navigation(REPOSITORY)
-    chapters = [entry for entry in entries for entry in (*entry.values(),)]
-    names = [name for entry in chapters for name in (entry if isinstance(entry, list) else [entry])]
-    files = [next(iter(name.values())) if isinstance(name, dict) else name for name in names]
+    files = []
+    for entry in hooks.navigation(REPOSITORY):
+        for found in entry.values():
+            files += [found] if isinstance(found, str) else [file for page in found for file in page.values()]
     pages = [
         path.relative_to(REPOSITORY / "nbs").as_posix() for path in (REPOSITORY / "nbs").rglob("*.ipynb")
     ]
@@ -213,33 +213,52 @@ def test_links_that_meet_nothing_are_named(site: Path, old: str, new: str, expec
     assert problem.startswith(f"index.html: {expected}")
 
 
-class Words(HTMLParser):
-    "The text of a page, and its images."
-
-    def __init__(self, page: Path):
-        super().__init__()
-        self.text, self.images = "", 0
-        self.feed(page.read_text(encoding="utf-8"))
-
-    def handle_data(self, data: str):
-        self.text += data
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]):
-        self.images += tag == "img"
-
-
-def test_the_book_is_built_without_a_warning(tmp_path: Path):
+def build(tree: Path) -> subprocess.CompletedProcess:
+    "What `make docs` runs, in a tree with pages of its own."
     pytest.importorskip(
         "mkdocs_jupyter", reason="mkdocs comes with the extra `docs`; `make docs` installs it"
     )
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path]
-    built = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    for page in hooks.lint.notebooks(REPOSITORY, "nbs"):
-        shown = Words((tmp_path / page.relative_to(REPOSITORY / "nbs")).with_suffix(".html"))
-        assert hooks.page_title(page) in shown.text
-        stored = [output for cell in nbformat.read(page, 4).cells for output in cell.get("outputs", [])]
-        assert shown.images == sum("image/png" in output.get("data", {}) for output in stored)
-    assert 'id="topoqa_nb.data.store.open_store"' in (tmp_path / "1_data" / "13_store.html").read_text()
-    assert "<math" in (tmp_path / "2_network" / "22_model.html").read_text()
-    assert "open_store" in (tmp_path / "search" / "search_index.js").read_text()
+    shutil.copy(REPOSITORY / "mkdocs.yml", tree)
+    for folder in ("docs", ".ci"):
+        shutil.copytree(REPOSITORY / folder, tree / folder)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    return subprocess.run(command, cwd=tree, capture_output=True, text=True)
+
+
+def add_cells(page: Path, *cells: nbformat.NotebookNode) -> None:
+    "Append cells, as an editor would."
+    content = nbformat.read(page, as_version=4)
+    content.cells.extend(cells)
+    nbformat.write(content, page)
+
+
+def test_a_book_is_built_with_formulas_outputs_and_search(tree: Path):
+    picture = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw0KGgo="})
+    add_cells(
+        tree / "nbs" / "9_from_files" / "91_atoms.ipynb",
+        nbformat.v4.new_markdown_cell("## Atoms\nA mass $m$; see [the demo](../1_data/18a_demo.ipynb)."),
+        nbformat.v4.new_code_cell("class Atom: ...\n\n\nasync def read(): ...", outputs=[picture]),
+    )
+    built = build(tree)
+    assert built.returncode == 0, built.stderr
+    shown = (tree / "_docs" / "9_from_files" / "91_atoms.html").read_text()
+    for part in (
+        'id="atoms_1"',
+        "<math",
+        "../1_data/18a_demo.html",
+        "data:image/png",
+        'id="topoqa_nb.from_files',
+    ):
+        assert part in shown
+    assert "from_files.atoms.Atom" in (tree / "_docs" / "api.html").read_text()
+    assert "mass" in (tree / "_docs" / "search" / "search_index.js").read_text()
+
+
+def test_a_dead_link_fails_the_build(tree: Path):
+    link = nbformat.v4.new_markdown_cell("[there](9_from_files/92_gone.ipynb)")
+    add_cells(tree / "nbs" / "index.ipynb", link)
+    (tree / "topoqa_nb" / "from_files" / "atoms.py").write_text("")  # its names stand on no page here
+    built = build(tree)
+    assert built.returncode == 1
+    assert "index.html: leads to 9_from_files/92_gone.html, which does not exist" in built.stderr
+    assert "Aborted with 1 warnings" in built.stdout
