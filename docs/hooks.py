@@ -218,8 +218,8 @@ class _Links(HTMLParser):
 
 def link_problems(site: Path) -> list[str]:
     "Links of the built pages that meet nothing, and files that a reader without a network would miss."
+    site, problems = site.resolve(), []
     pages = {page: _Links(page.read_text(encoding="utf-8")) for page in sorted(site.rglob("*.html"))}
-    problems = []
     for page, links in pages.items():
         name = page.relative_to(site)
         problems += [
@@ -241,9 +241,7 @@ def _is_met(target: str, page: Path, site: Path, pages: dict[Path, _Links]) -> b
     folder = site if path.startswith("/") else page.parent
     file = (folder / unquote(path).lstrip("/")).resolve() if path else page
     file = file / "index.html" if file.is_dir() else file
-    return file.is_file() and (
-        not fragment or file not in pages or unquote(fragment) in pages[file].ids | {"__top"}
-    )
+    return file.is_file() and (not fragment or file not in pages or unquote(fragment) in pages[file].ids)
 
 
 # What mkdocs calls
