@@ -4,11 +4,12 @@ PYTHON ?= $(shell for name in python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # One thread per process: two processes with one thread each beat one process with two.
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults lint export lab bench
+.PHONY: help demo test test-faults lint export lab docs bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 			"install Python 3.11 or run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# Only the book needs mkdocs; `make test` does without.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[docs]' -c constraints.txt
 	@touch $@
 
 demo: $(STAMP) ## train the whole pipeline on synthetic data, in a fresh folder under demo_run/
@@ -37,7 +43,7 @@ lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py
 
 export: $(STAMP) ## format and clean the notebooks, export the package from them
-	$(BIN)/ruff format --quiet nbs pipelines tests scripts benchmarks .ci
+	$(BIN)/ruff format --quiet nbs pipelines tests scripts benchmarks docs .ci
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_clean --fname pipelines
 	$(BIN)/nbdev_export
@@ -51,3 +57,6 @@ bench: $(STAMP) ## the timed comparisons of benchmarks/; DATA=folder adds its gr
 
 lab: $(STAMP) ## open the pages in JupyterLab
 	$(BIN)/jupyter lab nbs
+
+docs: $(DOCS_STAMP) ## the pages as a book with search, in _docs/; no network is needed to read it
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "make docs: open _docs/index.html"

@@ -275,7 +275,7 @@ def lint_targets(root: Path) -> list[str]:
     "The folders that ruff reads; the exported package follows from the pages."
     return [
         name
-        for name in ("nbs", "pipelines", "tests", "scripts", "benchmarks", ".ci")
+        for name in ("nbs", "pipelines", "tests", "scripts", "benchmarks", "docs", ".ci")
         if (root / name).exists()
     ]
 
