@@ -33,6 +33,7 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
         from measure import quiet, timed
         from pytorch_lightning import Callback
 
+        from topoqa_nb.data import dataset
         from topoqa_nb.ground.config import load_config
         from topoqa_nb.training import training
 
@@ -51,9 +52,9 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
 
             fit(data, loaded.config, scratch / "original", Done())
         make_callbacks = training.make_callbacks
-        watched = {name: timed(getattr(training, name), parts) for name in ("open_store", "resolve_schema")}
-        watched["make_callbacks"] = lambda *given: [*make_callbacks(*given), Done()]
-        with patch.multiple(training, **watched):
+        watched = {name: timed(getattr(dataset, name), parts) for name in ("open_store", "resolve_schema")}
+        with_done = patch.object(training, "make_callbacks", lambda *given: [*make_callbacks(*given), Done()])
+        with patch.multiple(dataset, **watched), with_done:
             training.train(loaded)
 
 
