@@ -21,8 +21,9 @@ from ..ground.core import ConfigError, RunError, did_you_mean, now, read_json, w
 from ..ground.files import find_shipped
 from ..ground.machine import filesystem_type, free_memory, package_versions
 from ..ground.signals import Interrupted, stoppable
+from ..pipeline.parameters import PipelineParameters
 from ..pipeline.pipeline import export_html, injected_names
-from ..pipeline.plan import PipelineParameters, settle, unused
+from ..pipeline.plan import settle, unused
 from .modes import asked_pipeline, check_place, run_mode, settled_parameters
 from .ramdisk_report import conclusion
 from .staging import RamdiskSettings, Source, find_source, ramdisk_settings
