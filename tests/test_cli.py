@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -466,7 +467,7 @@ def test_a_dry_pipeline_starts_nothing(tmp_path: Path, monkeypatch, capsys: pyte
 
 
 def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
-    from topoqa_nb.pipeline.plan import PipelineParameters
+    from topoqa_nb.pipeline.parameters import PipelineParameters
 
     assert main(["pipeline", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -475,8 +476,9 @@ def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
         "overrides": "override",
         "phase_overrides": "phase_override",
     }
-    for name in PipelineParameters.model_fields:
-        assert f"--{singular.get(name, name).replace('_', '-')} " in shown, name
+    for name, field in PipelineParameters.model_fields.items():
+        option = f"--{singular.get(name, name).replace('_', '-')}"
+        assert re.search(rf"{option} .*{re.escape(field.description)}", shown), name
 
 
 def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

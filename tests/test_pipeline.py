@@ -23,15 +23,9 @@ from topoqa_nb.ground.core import (
 )
 from topoqa_nb.ground.signals import Interrupted
 from topoqa_nb.pipeline import pipeline as pipeline_module
+from topoqa_nb.pipeline.parameters import PipelineParameters, absolute_parameters, pipeline_parameters
 from topoqa_nb.pipeline.pipeline import check_parameters, execute_stage, injected_names, run_pipeline
-from topoqa_nb.pipeline.plan import (
-    DEMO_PHASES,
-    PipelineParameters,
-    absolute_parameters,
-    open_pipeline,
-    pipeline_parameters,
-    plan_pipeline,
-)
+from topoqa_nb.pipeline.plan import DEMO_PHASES, open_pipeline, plan_pipeline
 from topoqa_nb.pipeline.stage_record import read_stage
 from topoqa_nb.pipeline.stages import fine_tune_config, finish, phase1_stage, phase2_stage, sweep_stage
 from topoqa_nb.runs.record import update_metadata
@@ -135,17 +129,22 @@ def test_an_unknown_name_that_papermill_assigned_is_refused(monkeypatch):
 
     monkeypatch.setattr(pipeline_module, "get_ipython", Shell)
     with pytest.raises(ConfigError, match=r"graph_dri.*did you mean graph_dir\?"):
-        check_parameters(graph_dir=None)
+        check_parameters({"graph_dir": None})
 
 
 def test_without_papermill_there_is_nothing_to_refuse():
-    assert check_parameters(jobs=2).jobs == 2
+    assert check_parameters({"jobs": 2}).jobs == 2
     assert injected_names([]) == []
+
+
+def test_a_namespace_holds_more_than_parameters():
+    assert check_parameters({"jobs": 2, "run": "a value", "_": 3}) == check_parameters({"jobs": 2})
 
 
 def test_relative_paths_belong_to_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    parameters = check_parameters(graph_dir="graphs", run_root="runs", overrides=["paths.summary=s.json"])
+    given = {"graph_dir": "graphs", "run_root": "runs", "overrides": ["paths.summary=s.json"]}
+    parameters = check_parameters(given)
     assert parameters.graph_dir == tmp_path / "graphs"
     assert parameters.run_root == tmp_path / "runs"
     assert Path(parameters.overrides["paths.summary"]) == tmp_path / "s.json"

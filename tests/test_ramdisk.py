@@ -693,13 +693,16 @@ def parameter_cell() -> str:
     return cell.source
 
 
-def test_the_notebook_has_typed_parameters_that_are_all_handed_on():
+def test_the_notebook_has_typed_parameters_and_hands_its_namespace_on():
     source = parameter_cell()
     names = [line.target.id for line in ast.parse(source).body]
-    assert set(names) == {*RamdiskSettings.model_fields, "pipeline", "record"}
+    assert names == [*RamdiskSettings.model_fields, "pipeline", "record"]
     assert all("  # " in line for line in source.splitlines())
     code = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code")
-    assert all(f"    {name}={name}," in code for name in names)
+    assert "open_comparison(globals())" in code
+    others = code.replace(source, "").split("open_comparison(globals())")[0]
+    bound = [node for node in ast.walk(ast.parse(f"{others}0")) if isinstance(node, ast.alias | ast.Name)]
+    assert not {getattr(node, "id", None) or node.asname or node.name for node in bound} & set(names)
 
 
 def test_the_notebook_holds_no_logic():
@@ -718,12 +721,12 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name(monkeypatch):
         lambda: type("Shell", (), {"history_manager": type("History", (), {"input_hist_raw": []})}),
     )
     with pytest.raises(ConfigError, match="did you mean graph_dir?"):
-        open_comparison(record=None, pipeline={}, graph_dir=None)
+        open_comparison({"record": None})
 
 
 def test_a_record_that_is_missing_is_one_line(tmp_path):
     with pytest.raises(RunError, match="no such file"):
-        open_comparison(record=str(tmp_path / "none.json"), pipeline={})
+        open_comparison({"record": str(tmp_path / "none.json")})
 
 
 @needs_shm

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'NOTEBOOK_NAMES', 'given_parameters', 'parameter_value', 'pipeline_values', 'run_or_plan',
-           'pipeline_command', 'fine_tune_command', 'options_of_pipeline', 'ramdisk_command']
+           'with_pipeline_options', 'pipeline_command', 'fine_tune_command', 'options_of_pipeline', 'ramdisk_command']
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-002
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args, get_origin
 
 import typer
 
@@ -17,6 +18,7 @@ from .entry import DryRun, Jobs, Override, app, joined_pairs
 from .ground.core import ConfigError, to_json
 from .ground.files import parse_yaml
 from .ground.machine import fast_import
+from .pipeline.parameters import PipelineParameters, absolute_parameters, pipeline_parameters
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-005
 def given_parameters(
@@ -50,11 +52,12 @@ Parameter = Annotated[
 ]
 
 
-NOTEBOOK_NAMES = {  # option -> parameter of the notebook, where one of several is given at a time
-    "phase2_config": "phase2_configs",
-    "override": "overrides",
-    "phase_override": "phase_overrides",
-}
+_SEVERAL = [  # parameters of which each option gives one
+    name
+    for name, field in PipelineParameters.model_fields.items()
+    if get_origin(field.annotation) in (dict, tuple)
+]
+NOTEBOOK_NAMES = {name.removesuffix("s"): name for name in _SEVERAL}  # option -> parameter
 
 
 def pipeline_values(
@@ -74,7 +77,7 @@ def run_or_plan(
     "Run the pipeline, or show its plan."
     with fast_import():
         from topoqa_nb.pipeline.pipeline import run_pipeline
-        from topoqa_nb.pipeline.plan import absolute_parameters, pipeline_parameters, plan_pipeline
+        from topoqa_nb.pipeline.plan import plan_pipeline
 
     if dry_run:
         print(to_json(plan_pipeline(absolute_parameters(pipeline_parameters(values), Path.cwd()))))
@@ -90,39 +93,40 @@ def _print_outcome(summary: Mapping[str, object]) -> None:
     print(f"winner:  {Path(summary['run_root']) / final['checkpoint']}")
     print(f"         {final['primary_metric']} {final['score']:.5f} of {final['run_name']}")
 
+# %% ../nbs/98_pipeline_commands.ipynb #98-110
+def with_pipeline_options(
+    command: Callable[..., None],  # its first parameter is the context, its last one `**options`
+) -> Callable[..., None]:
+    "The command, with an option for every parameter of the pipeline before its own."
+    context, *own, _ = inspect.signature(command).parameters.values()
+    options = [_option(name) for name in PipelineParameters.model_fields]
+    command.__signature__ = inspect.Signature([context, *options, *own])  # what Typer reads
+    return command
+
+
+def _option(parameter: str) -> inspect.Parameter:
+    "The option that gives a parameter: name, type and help from the model, but for None or empty as the default."
+    field = PipelineParameters.model_fields[parameter]
+    kind, default = (int if int in get_args(field.annotation) else str) | None, None
+    if field.annotation is bool:
+        kind, default = bool, False
+    if parameter in _SEVERAL:
+        kind, default = list[str], []
+    name = parameter.removesuffix("s") if parameter in _SEVERAL else parameter
+    metavar = "KEY=VALUE" if get_origin(field.annotation) is dict else None
+    option = typer.Option(f"--{name.replace('_', '-')}", metavar=metavar, help=field.description)
+    hint = Jobs if name == "jobs" else Annotated[kind, option]  # a number or auto, as in other commands
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
 # %% ../nbs/98_pipeline_commands.ipynb #98-009
 @app.command("pipeline")
+@with_pipeline_options
 def pipeline_command(
     context: typer.Context,
-    graph_dir: Annotated[str | None, typer.Option(help="Folder of graphs; default: the demo data.")] = None,
-    train_labels: Annotated[
-        str | None, typer.Option(help="CSV; default: train.csv beside the graphs.")
-    ] = None,
-    val_labels: Annotated[str | None, typer.Option(help="CSV; default: val.csv beside the graphs.")] = None,
-    test_labels: Annotated[str | None, typer.Option(help="CSV for the one evaluation at the end.")] = None,
-    manifest: Annotated[str | None, typer.Option(help="Jobs of the sweep; default: run_core.yaml.")] = None,
-    run_root: Annotated[str | None, typer.Option(help="Where run directories go.")] = None,
-    reports_dir: Annotated[str | None, typer.Option(help="Where results and reports go.")] = None,
-    skip_sweep: Annotated[bool, typer.Option("--skip-sweep", help="Choose among earlier runs.")] = False,
-    skip_fine: Annotated[bool, typer.Option("--skip-fine", help="Stop after the sweep.")] = False,
-    resume_from: Annotated[
-        str | None, typer.Option(help="Checkpoint to fine-tune instead of the winner.")
-    ] = None,
-    phase1_config: Annotated[str | None, typer.Option(help="Configuration of phase 1.")] = None,
-    phase2_config: Annotated[list[str], typer.Option(help="Configuration of phase 2; repeatable.")] = [],  # noqa: B006
-    phase2_from: Annotated[
-        str | None, typer.Option(help="Whose best starts phase 2: phase1 or sweep.")
-    ] = None,
-    num_workers: Annotated[int | None, typer.Option(help="Data loader processes of a run.")] = None,
-    jobs: Jobs = None,
-    executor: Annotated[str | None, typer.Option(help="Where runs are started; so far: local.")] = None,
-    fast_dev_run: Annotated[bool, typer.Option("--fast-dev-run", help="One batch per run.")] = False,
-    override: Override = [],  # noqa: B006
-    phase_override: Annotated[
-        list[str], typer.Option(metavar="KEY=VALUE", help="As --override, for the fine-tunes alone.")
-    ] = [],  # noqa: B006
+    *,
     parameter: Parameter = [],  # noqa: B006
     dry_run: DryRun = False,
+    **options: object,  # the parameters of the pipeline
 ) -> None:
     "Sweep, phase 1, phase 2 and their reports."
     run_or_plan(pipeline_values(context), dry_run)

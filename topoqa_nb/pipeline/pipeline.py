@@ -30,17 +30,13 @@ from topoqa_nb.ground.core import (
 )
 from ..ground.files import find_file
 from ..ground.signals import interruptible
-from topoqa_nb.pipeline.plan import (
-    STAGES,
-    Pipeline,
+from topoqa_nb.pipeline.parameters import (
     PipelineParameters,
     absolute_parameters,
-    claim_reports,
-    hold_reports,
     pipeline_parameters,
     refuse_unknown,
-    settle,
 )
+from .plan import STAGES, Pipeline, claim_reports, hold_reports, settle
 from .stage_record import is_completed, read_stage, restored_error, stage_file
 from ..runs.leaderboard import best_score, leaderboard
 from ..runs.original import is_original
@@ -58,11 +54,12 @@ def injected_names(
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-008
 def check_parameters(
-    **values: object,  # every parameter that the notebook has, by name
+    namespace: Mapping[str, object],  # `globals()` of the notebook; names of no parameter are left alone
 ) -> PipelineParameters:  # absolute
     "First call of a notebook: refuses names and values that it does not know (`ConfigError`)."
-    shell = get_ipython()
-    refuse_unknown(injected_names(shell.history_manager.input_hist_raw if shell else []), values)
+    shell, known = get_ipython(), PipelineParameters.model_fields
+    refuse_unknown(injected_names(shell.history_manager.input_hist_raw if shell else []), known)
+    values = {name: namespace[name] for name in known if name in namespace}
     return absolute_parameters(pipeline_parameters(values), Path.cwd())
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-011

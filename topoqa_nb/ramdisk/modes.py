@@ -24,16 +24,9 @@ from ..data.dataset import open_data
 from ..data.sidecar import read_summary
 from ..ground.core import ConfigError, RunError, plain, read_json, write_json
 from ..ground.machine import cached_fraction, filesystem_type, free_memory
+from ..pipeline.parameters import PipelineParameters, absolute_parameters, pipeline_parameters
 from ..pipeline.pipeline import run_pipeline
-from topoqa_nb.pipeline.plan import (
-    DEMO_PHASES,
-    Pipeline,
-    PipelineParameters,
-    absolute_parameters,
-    pipeline_parameters,
-    settle,
-    stage_configs,
-)
+from ..pipeline.plan import DEMO_PHASES, Pipeline, settle, stage_configs
 from ..pipeline.stage_record import best_run, error_record, restored_error, stage_runs
 from ..pipeline.stages import earlier_runs, starting_point
 from .staging import RamdiskSettings, Source, check_room, copy_verified

@@ -21,8 +21,9 @@ from ..ground.core import ConfigError, RunError, did_you_mean, now, read_json, w
 from ..ground.files import find_shipped
 from ..ground.machine import filesystem_type, free_memory, package_versions
 from ..ground.signals import Interrupted, stoppable
+from ..pipeline.parameters import PipelineParameters
 from ..pipeline.pipeline import export_html, injected_names
-from ..pipeline.plan import PipelineParameters, settle, unused
+from ..pipeline.plan import settle, unused
 from .modes import asked_pipeline, check_place, run_mode, settled_parameters
 from .ramdisk_report import conclusion
 from .staging import RamdiskSettings, Source, find_source, ramdisk_settings
@@ -137,19 +138,19 @@ def compare(
 
 # %% ../../nbs/8_ramdisk/84_ramdisk.ipynb #84-021
 def open_comparison(
-    record: str | None,  # file of an earlier comparison; None: measure now
-    pipeline: Mapping[str, object],  # parameters of the pipeline
-    **values: object,  # of `RamdiskSettings`
+    namespace: Mapping[str, object],  # `globals()` of the notebook: `RamdiskSettings`, `pipeline`, `record`
 ) -> dict:  # the record
     "First call of the notebook: refuses names and values that it does not know (`ConfigError`)."
     shell = get_ipython()
-    known = {"record", "pipeline", *values}
+    known = [*RamdiskSettings.model_fields, "pipeline", "record"]
     for name in injected_names(shell.history_manager.input_hist_raw if shell else []):
         if name not in known:
             fix = did_you_mean(name, known)
             raise ConfigError(f"parameter {name}", "a known name", "an unknown one", fix)
+    record = namespace.get("record")  # of an earlier comparison; None: measure now
     if record is None:
-        return compare(ramdisk_settings(values), pipeline)
+        values = {name: namespace.get(name) for name in RamdiskSettings.model_fields}
+        return compare(ramdisk_settings(values), namespace.get("pipeline", {}))
     return read_json(record, RunError) | {"file": str(record)}
 
 # %% ../../nbs/8_ramdisk/84_ramdisk.ipynb #84-023
