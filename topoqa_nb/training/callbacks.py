@@ -124,10 +124,7 @@ class ProgressLines(Callback):
 class MetricRows:
     "The rows of metrics.csv, in memory and in the file; what somebody removed or changed there is put back."
 
-    def __init__(
-        self,
-        run: RunDirectory,  # whose metrics.csv is written
-    ):
+    def __init__(self, run: RunDirectory):
         self.file, self.run = run.metrics_file, run
         self.written = ""  # what metrics.csv holds
         self.rows: list[dict[str, float]] = []  # the same as numbers, NaN where undefined
@@ -339,16 +336,11 @@ class RankedCheckpoints(Checkpoint):
         self.identity = identity
         self.ranking = Ranking([])
 
-    @property
-    def candidates(self) -> list[Candidate]:
-        "The checkpoints that are there."
-        return self.ranking.candidates
-
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
         checkpoint["run_identity"] = self.identity
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.candidates and self.parent is not None:
+        if not self.ranking.candidates and self.parent is not None:
             self._save(trainer, {**self.parent, "epoch": -1})
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -356,14 +348,14 @@ class RankedCheckpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, row: Mapping[str, float]) -> None:
         new = candidate(float(row["selection_metric"]), float(row["val_loss"]), row["epoch"])
-        before, folder, primary = self.candidates, self.run.checkpoints, self.primary_metric
+        before, folder, primary = self.ranking.candidates, self.run.checkpoints, self.primary_metric
         self.ranking = Ranking(
             *kept([*before, new], primary)
         )  # the checkpoint that is saved now holds itself
         store_checkpoint(folder, new, self.ranking, before, primary, trainer.save_checkpoint)
 
     def state_dict(self) -> dict[str, object]:
-        return {"candidates": [asdict(each) for each in self.candidates]}
+        return {"candidates": [asdict(each) for each in self.ranking.candidates]}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved = saved_ranking({"callbacks": {type(self).__name__: state}})
