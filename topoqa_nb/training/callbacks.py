@@ -334,13 +334,17 @@ class RankedCheckpoints(Checkpoint):
     ):
         self.run, self.primary_metric, self.parent = run, primary_metric, parent
         self.identity = identity
-        self.ranking = Ranking([])
+        self.candidates: list[Candidate] = []
+
+    @property
+    def ranked(self) -> list[Candidate]:
+        return kept(self.candidates, self.primary_metric)[0]
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
         checkpoint["run_identity"] = self.identity
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self.ranking.candidates and self.parent is not None:
+        if not self.candidates and self.parent is not None:
             self._save(trainer, {**self.parent, "epoch": -1})
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -348,19 +352,17 @@ class RankedCheckpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, row: Mapping[str, float]) -> None:
         new = candidate(float(row["selection_metric"]), float(row["val_loss"]), row["epoch"])
-        before, folder, primary = self.ranking.candidates, self.run.checkpoints, self.primary_metric
-        self.ranking = Ranking(
-            *kept([*before, new], primary)
-        )  # the checkpoint that is saved now holds itself
-        store_checkpoint(folder, new, self.ranking, before, primary, trainer.save_checkpoint)
+        before, ranking = self.candidates, Ranking(*kept([*self.candidates, new], self.primary_metric))
+        self.candidates = ranking.candidates  # the checkpoint that is saved now holds itself
+        folder, primary = self.run.checkpoints, self.primary_metric
+        store_checkpoint(folder, new, ranking, before, primary, trainer.save_checkpoint)
 
     def state_dict(self) -> dict[str, object]:
-        return {"candidates": [asdict(each) for each in self.ranking.candidates]}
+        return {"candidates": [asdict(each) for each in self.candidates]}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved = saved_ranking({"callbacks": {type(self).__name__: state}})
-        there = [each for each in saved if (self.run.checkpoints / each.filename).exists()]
-        self.ranking = Ranking(*kept(there, self.primary_metric))
+        self.candidates = [each for each in saved if (self.run.checkpoints / each.filename).exists()]
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-103
 class MetadataWriter(Checkpoint):
@@ -389,5 +391,5 @@ class MetadataWriter(Checkpoint):
             progress={"epoch": rows[-1]["epoch"] if rows else None, "epochs": trainer.max_epochs},
             runtime={"epoch_seconds": self.recorder.epoch_seconds},
             selection=best_epoch(rows, self.primary_metric, self.parent_score),
-            checkpoints=ranking_record(self.checkpoints.ranking.ranked),
+            checkpoints=ranking_record(self.checkpoints.ranked),
         )
