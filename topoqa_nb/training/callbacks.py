@@ -336,10 +336,6 @@ class RankedCheckpoints(Checkpoint):
         self.identity = identity
         self.candidates: list[Candidate] = []
 
-    @property
-    def ranked(self) -> list[Candidate]:
-        return kept(self.candidates, self.primary_metric)[0]
-
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
         checkpoint["run_identity"] = self.identity
 
@@ -372,7 +368,7 @@ class MetadataWriter(Checkpoint):
         self,
         run: RunDirectory,  # with its metadata
         recorder: RunRecorder,  # has the rows and the seconds
-        checkpoints: RankedCheckpoints,  # has the ranking
+        checkpoints: RankedCheckpoints,  # has the candidates
     ):
         self.run, self.recorder, self.checkpoints = run, recorder, checkpoints
 
@@ -385,11 +381,12 @@ class MetadataWriter(Checkpoint):
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        rows = self.recorder.rows.rows
+        rows, ranking = self.recorder.rows.rows, self.checkpoints
+        ranked, _ = kept(ranking.candidates, ranking.primary_metric)
         update_metadata(
             self.run,
             progress={"epoch": rows[-1]["epoch"] if rows else None, "epochs": trainer.max_epochs},
             runtime={"epoch_seconds": self.recorder.epoch_seconds},
             selection=best_epoch(rows, self.primary_metric, self.parent_score),
-            checkpoints=ranking_record(self.checkpoints.ranked),
+            checkpoints=ranking_record(ranked),
         )
