@@ -33,6 +33,8 @@ def state(run: RunDirectory) -> dict:
         "status": read_metadata(run)["status"],
         "selection": read_metadata(run)["selection"],
         "checkpoints": read_metadata(run)["checkpoints"],
+        "progress": read_metadata(run)["progress"],
+        "epochs timed": len(read_metadata(run)["runtime"]["epoch_seconds"]),
     }
 
 

@@ -9,7 +9,6 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
-import pandas as pd
 import pytest
 import yaml
 
@@ -265,15 +264,13 @@ def test_the_best_epoch_follows_the_metadata(root, loaded):
 
 
 def test_ties_and_undefined_epochs():
-    table = pd.DataFrame(
-        [row(0, 0.07, 0.57), row(1, 0.06, 0.56), row(2, 0.06, 0.56), row(3, selection_metric=float("nan"))]
-    )
-    table.loc[:2, "selection_metric"] = -0.5
-    assert best_epoch(table)["best_epoch"] == 1
-    assert best_epoch(table[3:])["best_score"] is None
-    assert best_epoch(table[:0])["best_epoch"] is None
+    rows = [row(0, 0.07, 0.57), row(1, 0.06, 0.56), row(2, 0.06, 0.56), row(3, selection_metric=float("nan"))]
+    tied = [each | {"selection_metric": -0.5} for each in rows[:3]] + rows[3:]
+    assert best_epoch(tied)["best_epoch"] == 1
+    assert best_epoch(tied[3:])["best_score"] is None
+    assert best_epoch([])["best_epoch"] is None
     equal = {"selection_metric": -0.5, "val_loss": 0.06, "val_spearman_corr": 0.56}
-    assert best_epoch(table, parent_score=equal)["best_epoch"] == -1
+    assert best_epoch(tied, parent_score=equal)["best_epoch"] == -1
 
 
 # --- the machine

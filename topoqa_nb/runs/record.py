@@ -288,11 +288,21 @@ def read_record(
 ) -> RunRecord:
     "What is known of a run. Raises `RunError` when its metadata are missing or damaged."
     run = run if isinstance(run, RunDirectory) else RunDirectory(Path(run))
-    if run.metadata_file.is_file() and (size := run.metadata_file.stat().st_size) > _METADATA_BYTES:
-        fix = "restore the file from a copy"
-        raise RunError(run.metadata_file, f"at most {_METADATA_BYTES} bytes", f"{size}", fix)
+    _refuse_large(run.metadata_file)
     adopted = adopt(run.path)
-    return record_of(adopted[0] if adopted else read_json(run.metadata_file, RunError), run.metadata_file)
+    return record_of(adopted[0], run.metadata_file) if adopted else _own_record(run)
+
+
+def _own_record(run: RunDirectory) -> RunRecord:
+    "That of a run of this package."
+    _refuse_large(run.metadata_file)
+    return record_of(read_json(run.metadata_file, RunError), run.metadata_file)
+
+
+def _refuse_large(file: Path) -> None:
+    if file.is_file() and (size := file.stat().st_size) > _METADATA_BYTES:
+        fix = "restore the file from a copy"
+        raise RunError(file, f"at most {_METADATA_BYTES} bytes", f"{size}", fix)
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-038
 def read_metadata(
@@ -321,7 +331,8 @@ def update_metadata(
 ) -> dict[str, object]:  # all metadata afterwards
     "Change some metadata; readers see all of the change or none. Raises `RunError` when they are damaged."
     refuse_original(run)
-    metadata = merged(read_metadata(run) if run.metadata_file.exists() else {}, sections)
+    before = _own_record(run).written if run.metadata_file.exists() else {}
+    metadata = merged(before, sections)
     write_json(run.metadata_file, metadata)
     return metadata
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['METRIC_COLUMNS', 'check_run_name', 'default_run_name', 'create_run', 'read_metrics', 'best_epoch', 'update_best',
-           'append_metrics', 'list_runs', 'find_run', 'archive']
+           'with_row', 'append_metrics', 'list_runs', 'find_run', 'archive']
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-003
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -157,17 +157,17 @@ def read_metrics(
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-027
 def best_epoch(
-    metrics: pd.DataFrame,  # from `read_metrics`
+    rows: Iterable[Mapping[str, float]],  # by the columns of metrics.csv, NaN where undefined
     primary_metric: str = "selection_metric",  # or val_loss
     parent_score: Mapping[str, float] | None = None,  # metrics of the weights a fine-tune started from
 ) -> dict[str, object]:  # best_score, best_epoch, best_val_loss, best_val_spearman; None where unknown
     "The best epoch so far, as it stands in the metadata."
-    columns = ["epoch", "val_loss", "val_spearman_corr", "selection_metric"]
-    rows = metrics[columns].to_dict("records")
-    if parent_score:
-        rows.append({"epoch": -1, **{name: parent_score.get(name, math.nan) for name in columns[1:]}})
-    rows = [row for row in rows if math.isfinite(row[primary_metric])]
-    best = min(rows, key=lambda row: (row[primary_metric], row["val_loss"], row["epoch"]), default={})
+    judged = ("val_loss", "val_spearman_corr", "selection_metric")
+    parent = (
+        {"epoch": -1} | {name: parent_score.get(name, math.nan) for name in judged} if parent_score else None
+    )
+    there = [row for row in (*rows, *filter(None, [parent])) if math.isfinite(row[primary_metric])]
+    best = min(there, key=lambda row: (row[primary_metric], row["val_loss"], row["epoch"]), default={})
     names = (primary_metric, "epoch", "val_loss", "val_spearman_corr")
     return {entry: best.get(name) for entry, name in zip(BEST, names, strict=True)}
 
@@ -177,34 +177,43 @@ def update_best(
 ) -> dict[str, object]:  # all metadata afterwards
     "Enter the best epoch of metrics.csv, or the parent, into the metadata."
     record = read_record(run) if run.metadata_file.exists() else RunRecord()
-    best = best_epoch(read_metrics(run), record.selection.ranked_by, record.lineage.parent_score)
+    rows = read_metrics(run).to_dict("records")
+    best = best_epoch(rows, record.selection.ranked_by, record.lineage.parent_score)
     return update_metadata(run, selection=best)
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-033
-def append_metrics(
-    run: RunDirectory,
+def with_row(
+    text: str,  # of metrics.csv; empty before the first epoch
     row: Mapping[str, float | None],  # values by column; what is missing stays empty
-) -> None:
-    "Add an epoch and bring the best one up to date. Raises `RunError` for an epoch that is there."
+    file: Path,  # for the error
+) -> str:  # of metrics.csv, afterwards
+    "Add an epoch. Raises `RunError` for one that is there and for an unknown column."
     for name in row:
         if name not in METRIC_COLUMNS:
-            raise RunError(run.metrics_file, "known columns", name, did_you_mean(name, METRIC_COLUMNS))
-    before = read_metrics(run)
-    if len(before) and row["epoch"] <= before.epoch.iloc[-1]:
+            raise RunError(file, "known columns", name, did_you_mean(name, METRIC_COLUMNS))
+    head = text or ",".join(METRIC_COLUMNS) + "\n"
+    last = head.rstrip("\n").rpartition("\n")[2].partition(",")[0]
+    if last != METRIC_COLUMNS[0] and row["epoch"] <= int(last):
         found = f"epoch {row['epoch']} again"
-        raise RunError(
-            run.metrics_file, f"an epoch after {before.epoch.iloc[-1]}", found, "move the later rows away"
-        )
-    line = ",".join(_cell(row.get(name)) for name in METRIC_COLUMNS)
-    head = run.metrics_file.read_text(encoding="utf-8") if len(before) else ",".join(METRIC_COLUMNS) + "\n"
-    write_text(run.metrics_file, f"{head}{line}\n")
-    update_best(run)
+        raise RunError(file, f"an epoch after {last}", found, "move the later rows away")
+    return head + ",".join(_cell(row.get(name)) for name in METRIC_COLUMNS) + "\n"
 
 
 def _cell(value: float | None) -> str:
     "The shortest text that reads back as the same number; empty for what is undefined."
     value = plain(value)
     return "" if value is None else repr(value)
+
+# %% ../../nbs/3_runs/33_runs.ipynb #33-102
+def append_metrics(
+    run: RunDirectory,
+    row: Mapping[str, float | None],  # values by column; what is missing stays empty
+) -> None:
+    "Add an epoch and bring the best one up to date. Raises `RunError` for an epoch that is there."
+    read_metrics(run)  # what is damaged is not continued
+    text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.exists() else ""
+    write_text(run.metrics_file, with_row(text, row, run.metrics_file))
+    update_best(run)
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-037
 def list_runs(

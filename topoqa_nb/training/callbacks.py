@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUIET_LOGGERS', 'run_logs', 'progress_marks', 'epoch_line', 'ProgressLines', 'MetricRows', 'RunRecorder',
-           'EarlyStopping', 'has_stopped', 'check_written', 'LocalCheckpoints', 'copy_checkpoint', 'Ranking',
-           'ranking_record', 'saved_ranking', 'store_checkpoint', 'RankedCheckpoints']
+           'saved_seconds', 'EarlyStopping', 'has_stopped', 'check_written', 'LocalCheckpoints', 'copy_checkpoint',
+           'Ranking', 'ranking_record', 'saved_ranking', 'store_checkpoint', 'RankedCheckpoints', 'MetadataWriter']
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-003
 import io
@@ -26,10 +26,10 @@ from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.callbacks import EarlyStopping as LightningEarlyStopping
 
 from ..ground.console import log, record
-from ..ground.core import CheckpointError, atomic_path, write_text
+from ..ground.core import CheckpointError, atomic_path, plain, write_text
 from ..network.weights import read_checkpoint
-from ..runs.record import RunDirectory, update_metadata
-from ..runs.runs import append_metrics
+from ..runs.record import RunDirectory, read_record, update_metadata
+from ..runs.runs import METRIC_COLUMNS, best_epoch, read_metrics, with_row
 from ..runs.selection import Candidate, candidate, kept, update_links
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-006
@@ -122,18 +122,16 @@ class ProgressLines(Callback):
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-018
 class MetricRows:
-    "Appends rows to metrics.csv, and puts back what somebody removed or changed in between."
+    "The rows of metrics.csv, in memory and in the file; what somebody removed or changed there is put back."
 
-    def __init__(
-        self,
-        run: RunDirectory,  # whose metrics.csv is written
-    ):
+    def __init__(self, run: RunDirectory):
         self.file, self.run = run.metrics_file, run
         self.written = ""  # what metrics.csv holds
+        self.rows: list[dict[str, float]] = []  # the same as numbers, NaN where undefined
 
     def remember(self) -> None:
         "What is in the file now is right."
-        self.written = _text(self.file)
+        self.written, self.rows = _text(self.file), read_metrics(self.run).to_dict("records")
 
     def append(
         self,
@@ -141,8 +139,11 @@ class MetricRows:
     ) -> None:
         "Add the row of an epoch, after the rows before it."
         self._restore(row["epoch"])
-        append_metrics(self.run, row)
-        self.remember()
+        text = with_row(self.written, row, self.file)
+        write_text(self.file, text)
+        self.written = text
+        numbers = plain(dict.fromkeys(METRIC_COLUMNS) | row)
+        self.rows.append({name: math.nan if value is None else value for name, value in numbers.items()})
 
     def _restore(self, epoch: int) -> None:
         found = _text(self.file)
@@ -162,7 +163,7 @@ def _text(file: Path) -> str:
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-021
 class RunRecorder(Callback):
-    "After every epoch: a row in metrics.csv, progress in run_metadata.json, a line on the console."
+    "After every epoch: a row in metrics.csv, a line on the console."
 
     def __init__(
         self,
@@ -185,8 +186,6 @@ class RunRecorder(Callback):
         self.best_val_loss = min(self.best_val_loss, row["val_loss"])
         self.epoch_seconds.append(round(time.perf_counter() - self.started, 3))
         self.rows.append(row)
-        progress = {"epoch": row["epoch"], "epochs": trainer.max_epochs}
-        update_metadata(self.run, progress=progress, runtime={"epoch_seconds": self.epoch_seconds})
         log.info(epoch_line(row, self.best_val_loss, self.log_lr))
 
     def state_dict(self) -> dict[str, object]:
@@ -194,6 +193,13 @@ class RunRecorder(Callback):
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         self.best_val_loss, self.epoch_seconds = state["best_val_loss"], list(state["epoch_seconds"])
+
+# %% ../../nbs/4_training/42_callbacks.ipynb #42-100
+def saved_seconds(
+    checkpoint: Mapping[str, object],  # content of one of our checkpoints
+) -> list[float]:  # of each epoch that it has seen
+    "How long the epochs took."
+    return list(checkpoint.get("callbacks", {}).get("RunRecorder", {}).get("epoch_seconds", []))
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-024
 class EarlyStopping(LightningEarlyStopping):
@@ -346,7 +352,6 @@ class RankedCheckpoints(Checkpoint):
         self.candidates = ranking.candidates  # the checkpoint that is saved now holds itself
         folder, primary = self.run.checkpoints, self.primary_metric
         store_checkpoint(folder, new, ranking, before, primary, trainer.save_checkpoint)
-        update_metadata(self.run, checkpoints=ranking_record(ranking.ranked))
 
     def state_dict(self) -> dict[str, object]:
         return {"candidates": [asdict(each) for each in self.candidates]}
@@ -354,3 +359,34 @@ class RankedCheckpoints(Checkpoint):
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved = saved_ranking({"callbacks": {type(self).__name__: state}})
         self.candidates = [each for each in saved if (self.run.checkpoints / each.filename).exists()]
+
+# %% ../../nbs/4_training/42_callbacks.ipynb #42-103
+class MetadataWriter(Checkpoint):
+    "Enters each epoch into run_metadata.json in one change. Comes after `RankedCheckpoints` in the list."
+
+    def __init__(
+        self,
+        run: RunDirectory,  # with its metadata
+        recorder: RunRecorder,  # has the rows and the seconds
+        checkpoints: RankedCheckpoints,  # has the candidates
+    ):
+        self.run, self.recorder, self.checkpoints = run, recorder, checkpoints
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        known = read_record(self.run)
+        self.primary_metric, self.parent_score = known.selection.ranked_by, known.lineage.parent_score
+        self._write(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        rows, ranking = self.recorder.rows.rows, self.checkpoints
+        ranked, _ = kept(ranking.candidates, ranking.primary_metric)
+        update_metadata(
+            self.run,
+            progress={"epoch": rows[-1]["epoch"] if rows else None, "epochs": trainer.max_epochs},
+            runtime={"epoch_seconds": self.recorder.epoch_seconds},
+            selection=best_epoch(rows, self.primary_metric, self.parent_score),
+            checkpoints=ranking_record(ranked),
+        )

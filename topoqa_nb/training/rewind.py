@@ -21,7 +21,13 @@ from ..network.weights import read_checkpoint
 from ..runs.record import RunDirectory, read_metadata, update_metadata
 from ..runs.runs import update_best
 from ..runs.selection import best_checkpoint, kept, parse_checkpoint_name, update_links
-from .callbacks import copy_checkpoint, has_stopped, ranking_record, saved_ranking
+from topoqa_nb.training.callbacks import (
+    copy_checkpoint,
+    has_stopped,
+    ranking_record,
+    saved_ranking,
+    saved_seconds,
+)
 
 # %% ../../nbs/4_training/44a_rewind.ipynb #44a-006
 @dataclass(frozen=True)
@@ -147,7 +153,12 @@ def settle_checkpoints(
     update_links(folder, ranked, other_best, primary)
     for path in set(_ranked_files(folder)) - {folder / each.filename for each in there}:
         path.unlink()
-    update_metadata(run, checkpoints=ranking_record(ranked))
+    update_metadata(
+        run,
+        progress={"epoch": start.epoch if start.epoch >= 0 else None},
+        runtime={"epoch_seconds": saved_seconds(start.content)},
+        checkpoints=ranking_record(ranked),
+    )
     update_best(run)
 
 

@@ -54,6 +54,7 @@ from ..runs.selection import SelectionRule
 from topoqa_nb.training.callbacks import (
     EarlyStopping,
     LocalCheckpoints,
+    MetadataWriter,
     ProgressLines,
     RankedCheckpoints,
     RunRecorder,
@@ -308,12 +309,10 @@ def make_callbacks(
     )  # fmt: skip
     if parent:
         stopping.best_score = torch.tensor(parent.score[primary])
-    callbacks = [
-        ProgressLines(),
-        RunRecorder(run, parent.score["val_loss"] if parent else math.inf, config.logging.log_lr),
-        stopping,
-        RankedCheckpoints(run, primary, parent.score if parent else None, read_metadata(run).get("identity")),
-    ]
+    recorder = RunRecorder(run, parent.score["val_loss"] if parent else math.inf, config.logging.log_lr)
+    identity = read_metadata(run).get("identity")
+    ranked = RankedCheckpoints(run, primary, parent.score if parent else None, identity)
+    callbacks = [ProgressLines(), recorder, stopping, ranked, MetadataWriter(run, recorder, ranked)]
     if _wants_bar(config):
         callbacks.append(TQDMProgressBar(refresh_rate=config.logging.progress_bar_refresh_rate))
     return callbacks
