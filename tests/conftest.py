@@ -1,7 +1,9 @@
 """What several tests share."""
 
+import functools
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,31 @@ def is_running(number: int) -> bool:
         return Path(f"/proc/{number}/stat").read_text().split(")")[-1].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def in_turn(names: str, values: Iterable) -> Callable:
+    """As `pytest.mark.parametrize`, in one case: a failure's last line names the values it happened with.
+
+    Fixtures are made once, so a test that changes one, or skips, takes `parametrize`.
+    """
+    arguments, values = [name.strip() for name in names.split(",")], list(values)
+
+    def decorate(test: Callable) -> Callable:
+        signature = inspect.signature(test)
+
+        @functools.wraps(test)
+        def run(**fixtures: object) -> None:
+            for value in values:
+                row = value if len(arguments) > 1 else (value,)
+                chosen = dict(zip(arguments, row, strict=True))
+                try:
+                    test(**chosen, **fixtures)
+                except (Exception, pytest.fail.Exception) as error:
+                    error.add_note(f"with {chosen}")
+                    raise
+
+        kept = [parameter for name, parameter in signature.parameters.items() if name not in arguments]
+        run.__signature__ = signature.replace(parameters=kept)
+        return run
+
+    return decorate

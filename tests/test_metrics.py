@@ -10,14 +10,17 @@ from topoqa_nb.ground.core import DataError
 from topoqa_nb.network.metrics import mse, pearson, ranking_loss, regression_metrics, spearman
 
 
-@pytest.fixture(params=range(20))
-def split(request):
-    "Predictions with ties, labels and targets of a random split."
-    generator = np.random.default_rng(request.param)
+def random_split(seed):
+    "Predictions with ties, labels and targets."
+    generator = np.random.default_rng(seed)
     count = int(generator.integers(8, 200))
     prediction = generator.uniform(0, 1, count).round(int(generator.integers(1, 8)))
     targets = [f"T{number}" for number in generator.integers(0, max(2, count // 8), count)]
     return prediction.astype(np.float32), generator.uniform(0, 1, count).astype(np.float32), targets
+
+
+SPLITS = [random_split(seed) for seed in range(20)]
+every_split = in_turn("prediction, dockq, targets", SPLITS)
 
 
 def test_agrees_with_scipy(split):
