@@ -149,8 +149,8 @@ def match(csv, models, names):
     return match_labels(read_labels(csv(f"MODEL,dockq\n{rows}")), names)
 
 
-@pytest.mark.parametrize(
-    ("model", "graph"),
+@in_turn(
+    "model, graph",
     [
         ("top", "top"),  # the file in the graph directory goes before stems in folders
         ("A/a_1", "A/a_1"),
@@ -259,9 +259,7 @@ def test_unknown_targets_are_no_leak(tmp_path):
     assert None not in load_split("train", graphs.train_labels, store, target_regex=regex).targets
 
 
-@in_turn(
-    "percent, refused", [(0, False), (0.5, False), (50, False), (0.51, True), (51, True), (1, True)]
-)
+@in_turn("percent, refused", [(0, False), (0.5, False), (50, False), (0.51, True), (51, True), (1, True)])
 def test_minimum_coverage(percent, refused):
     report = {
         "val": {"total": 4, "usable": 2, "coverage": 0.5, "missing": ["a", "b"], "dropped_rows": 0},
@@ -438,9 +436,7 @@ def test_labels_without_graphs(tmp_path, key):
     assert not (tmp_path / "demo_data").exists()
 
 
-@in_turn(
-    "given, absent", [("train_labels", "val_labels"), ("val_labels", "train_labels")]
-)
+@in_turn("given, absent", [("train_labels", "val_labels"), ("val_labels", "train_labels")])
 def test_half_of_the_labels(tiny, given, absent):
     with pytest.raises(ConfigError, match=f"paths.{absent}: .*set paths.{absent}"):
         locate_data(configured(graph=tiny.graph_dir, **{given: getattr(tiny, given)}))

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import in_turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,7 +101,7 @@ def test_a_value_that_rounds_to_zero_has_no_sign():
     assert checkpoint_name(-1e-7, 0.0, 0) == "checkpoint.sel-0.00000_val-0.00000_epoch000.chkpt"
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "name",
     ["last.chkpt", "best.ckpt", "model.pt", "", "checkpoint.sel-_val-_epoch.chkpt",
      "checkpoint.sel-nan_val-0.10000_epoch001.chkpt", "checkpoint.sel--0.1_val-0.1_epoch001.chkpt.tmp",
