@@ -12,6 +12,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from conftest import in_turn
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -48,9 +49,7 @@ def required_imports(module: Path) -> set[str]:
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"topoqa_nb"}
 
 
-@pytest.mark.parametrize(
-    "module", sorted((REPOSITORY / "topoqa_nb").glob("*.py")), ids=lambda path: path.stem
-)
+@in_turn("module", sorted((REPOSITORY / "topoqa_nb").rglob("*.py")))
 def test_what_a_module_imports_is_declared(module: Path):
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     distributions = packages_distributions()

@@ -66,9 +66,7 @@ def test_the_description_tells_weight_delta_and_state():
     assert "off" in off and "ranked by val_loss" in off
 
 
-@pytest.mark.parametrize(
-    "call", [lambda name: SelectionRule(primary_metric=name), lambda name: rank([], name)]
-)
+@in_turn("call", [lambda name: SelectionRule(primary_metric=name), lambda name: rank([], name)])
 def test_an_unknown_metric_is_refused(call):
     with pytest.raises(ConfigError, match="selection.primary_metric.*found val_spearman"):
         call("val_spearman")
@@ -77,7 +75,7 @@ def test_an_unknown_metric_is_refused(call):
 # Names.
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "name, expected",
     [
         ("checkpoint.sel--0.69959_val-0.05479_epoch128.chkpt", (-0.69959, 0.05479, 128)),
