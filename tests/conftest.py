@@ -5,8 +5,12 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from topoqa_nb.data.tiny import DemoPaths
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes share the cores
 
@@ -35,6 +39,14 @@ def shared_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> "DemoPaths":
+    "A data set on which a training takes a moment: 3 targets of 4 decoys."
+    from topoqa_nb.data.tiny import write_tiny_dataset  # with torch, after its threads are set
+
+    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
+
+
 def is_running(number: int) -> bool:
     "Whether there is a process of that number that has not ended."
     try:
@@ -49,6 +61,7 @@ def in_turn(names: str, values: Iterable) -> Callable:
     Fixtures are made once, so a test that changes one, or skips, takes `parametrize`.
     """
     arguments, values = [name.strip() for name in names.split(",")], list(values)
+    assert values, "nothing would be tested"
 
     def decorate(test: Callable) -> Callable:
         signature = inspect.signature(test)

@@ -71,11 +71,6 @@ def light(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("topoqa_nb.sweep.sweep.PRELOADED", ())
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
-    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
-
-
 def write_manifest(folder: Path, demo: DemoPaths, **content: object) -> Path:
     "A manifest whose shared settings make a training of three short epochs."
     paths = {f"paths.{name}": str(getattr(demo, name)) for name in ("train_labels", "val_labels")}
