@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_turn
 from torch_geometric.data import Data
 
 from topoqa_nb.data.audit import Audit, audit, label_facts, sound_labels
@@ -212,9 +213,7 @@ def test_all_rows_that_break_a_rule_are_listed(tmp_path: Path):
     assert len(problems) == 5
 
 
-@pytest.mark.parametrize(
-    "rows", ["a,0.5\nb,0.25", "a,0.5\na,0.5\nb,", " a ,1e-1", "a,1.0000001\nb,-1e-6\na,1"]
-)
+@in_turn("rows", ["a,0.5\nb,0.25", "a,0.5\na,0.5\nb,", " a ,1e-1", "a,1.0000001\nb,-1e-6\na,1"])
 def test_sound_labels_are_what_read_labels_reads(tmp_path: Path, rows: str):
     path = csv(tmp_path / "good.csv", rows)
     labels, problems = sound_labels(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import in_turn
 
 from topoqa_nb.ground import files as files_module
 from topoqa_nb.ground.config import (
@@ -140,7 +141,7 @@ def test_exactly_the_named_configs_are_shipped():
     assert {path.name for path in CONFIGS.iterdir()} == {*SHIPPED, "ramdisk.yaml"}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@in_turn("name", SHIPPED)
 def test_shipped_values(name, here):
     config = load_config(name).config
     assert SHIPPED[name] == (
@@ -161,14 +162,14 @@ def test_shipped_values(name, here):
     assert config.paths.save_dir == here / "training_runs"
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@in_turn("name", SHIPPED)
 def test_shipped_files_hold_no_output_paths(name):
     content = read_yaml(CONFIGS / name)
     assert set(content.get("paths") or {}) <= {"trust_pickles"}
     assert "tracking_uri" not in (content.get("mlflow") or {})
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name != "config.yaml"])
+@in_turn("name", [name for name in SHIPPED if name != "config.yaml"])
 def test_a_variant_holds_only_what_differs(name):
     content = read_yaml(CONFIGS / name)
     base = load_config(CONFIGS / content.pop("extends")).config
@@ -216,7 +217,7 @@ def test_shipped_manifests():
     assert manifest_jobs("run_experiments.yaml")[0]["fast_dev_run"] is True
 
 
-@pytest.mark.parametrize("name", ["run_core", "run_extended", "run_experiments", "run_demo"])
+@in_turn("name", ["run_core", "run_extended", "run_experiments", "run_demo"])
 def test_jobs_of_shipped_manifests_load(name, here):
     manifest = read_yaml(MANIFESTS / f"{name}.yaml")
     shared = manifest.get("shared", {}).get("overrides", {})
@@ -232,7 +233,7 @@ def test_jobs_of_shipped_manifests_load(name, here):
 # Looking files up
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "configs/config.yaml", "./config.yaml"])
+@in_turn("name", ["config.yaml", "configs/config.yaml", "./config.yaml"])
 def test_shipped_config_is_found_anywhere(name, here):
     loaded = load_config(name)
     assert loaded.source == CONFIGS / "config.yaml"
@@ -251,9 +252,7 @@ def test_shipped_manifest_is_found_anywhere(here):
     assert find_file("run_core.yaml", "manifests", [here]) == MANIFESTS / "run_core.yaml"
 
 
-@pytest.mark.parametrize(
-    "name", ["study/config.yaml", "manifests/config.yaml", "/nowhere/config.yaml", "../config.yaml"]
-)
+@in_turn("name", ["study/config.yaml", "manifests/config.yaml", "/nowhere/config.yaml", "../config.yaml"])
 def test_a_longer_path_does_not_become_a_shipped_file(name, here):
     assert "expected a file" in error_of(load_config, name)
 
@@ -308,9 +307,7 @@ def test_home_is_expanded(here, monkeypatch, tmp_path):
     assert load_config("a.yaml").config.paths.graph == tmp_path / "graphs"
 
 
-@pytest.mark.parametrize(
-    "uri", ["http://localhost:5000", "sqlite:///runs.db", "file:///data/mlruns", "databricks"]
-)
+@in_turn("uri", ["http://localhost:5000", "sqlite:///runs.db", "file:///data/mlruns", "databricks"])
 def test_tracking_uri_is_left_alone(uri, here):
     write(here / "a.yaml", f"mlflow: {{tracking_uri: '{uri}'}}\n")
     assert load_config("a.yaml").config.mlflow.tracking_uri == uri
@@ -391,10 +388,8 @@ def test_both_names_of_one_value_are_refused(here):
 # Overrides
 
 
-@pytest.mark.parametrize(
-    "text", ["trainer: {num_epochs: 9}\n", "num_epochs: 9\nseed: 1\nfast_dev_run: false\n", ""]
-)
-@pytest.mark.parametrize("names", [("seed", "fast_dev_run"), ("dataloader.seed", "trainer.fast_dev_run")])
+@in_turn("text", ["trainer: {num_epochs: 9}\n", "num_epochs: 9\nseed: 1\nfast_dev_run: false\n", ""])
+@in_turn("names", [("seed", "fast_dev_run"), ("dataloader.seed", "trainer.fast_dev_run")])
 def test_overrides_take_effect_on_both_kinds_of_files(text, names, here):
     write(here / "a.yaml", text)
     loaded = load_config("a.yaml", [f"{names[0]}=777", f"{names[1]}=true"])
@@ -434,7 +429,7 @@ def different_value(key: str) -> object:
     return 0.125 if isinstance(default, float) else "/data/file"
 
 
-@pytest.mark.parametrize("key", FIELDS)
+@in_turn("key", FIELDS)
 @pytest.mark.parametrize("file", ["config.yaml", "flat"])
 def test_every_key_can_be_overridden(key, file, here):
     if file == "flat":
@@ -446,7 +441,7 @@ def test_every_key_can_be_overridden(key, file, here):
     assert loaded.overrides == {key: expected}
 
 
-@pytest.mark.parametrize("name", LEGACY_KEYS)
+@in_turn("name", LEGACY_KEYS)
 def test_every_flat_name_is_an_override(name):
     assert parse_overrides({name: 1}) == {LEGACY_KEYS[name]: 1}
 
@@ -503,8 +498,8 @@ def test_text_is_taken_as_it_stands(here):
     assert config.paths.save_dir == here / "a=b"
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
+@in_turn(
+    "text, parts",
     [
         ("sede=777", ["override sede", "did you mean seed?"]),
         ("trainer.num_epoch=3", ["override trainer.num_epoch", "did you mean trainer.num_epochs?"]),
@@ -615,7 +610,7 @@ def test_not_text_and_not_a_file(here):
     assert "expected a YAML file" in error_of(read_yaml, here / "folder.yaml")
 
 
-@pytest.mark.parametrize("text", ["", "# nothing yet\n"])
+@in_turn("text", ["", "# nothing yet\n"])
 def test_an_empty_file_means_the_defaults(text, here):
     loaded = load_config(write(here / "a.yaml", text))
     assert loaded.config == load_config(None).config
@@ -630,15 +625,15 @@ def test_empty_sections_mean_the_defaults(here):
 # Numbers and precision
 
 
-@pytest.mark.parametrize("text", ["1e-3", "1E-3", "'0.001'", "0.001", "1.0e-3"])
+@in_turn("text", ["1e-3", "1E-3", "'0.001'", "0.001", "1.0e-3"])
 def test_numbers_yaml_takes_for_text(text, here):
     write(here / "a.yaml", f"optimizer: {{learning_rate: {text}}}\n")
     assert load_config("a.yaml").config.optimizer.learning_rate == 0.001
     assert load_config(None, [f"learning_rate={text}"]).config.optimizer.learning_rate == 0.001
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
+@in_turn(
+    "text, value",
     [("5", 5), ("'5'", 5), ("0.5", 0.5), ("1", 1), ("1.0", 1.0), ("null", None), ("5e-1", 0.5)],
 )
 def test_limits_keep_number_and_fraction_apart(text, value, here):
@@ -647,9 +642,7 @@ def test_limits_keep_number_and_fraction_apart(text, value, here):
     assert (limit, type(limit)) == (value, type(value))
 
 
-@pytest.mark.parametrize(
-    ("written", "means"), [(16, "16-mixed"), ("'16'", "16-mixed"), ("16-mixed", "16-mixed")]
-)
+@in_turn("written, means", [(16, "16-mixed"), ("'16'", "16-mixed"), ("16-mixed", "16-mixed")])
 def test_sixteen_means_mixed_and_not_on_a_cpu(written, means, here):
     write(here / "a.yaml", f"trainer: {{precision: {written}}}\n")
     message = error_of(load_config, "a.yaml")
@@ -657,9 +650,7 @@ def test_sixteen_means_mixed_and_not_on_a_cpu(written, means, here):
     assert load_config("a.yaml", ["accelerator=gpu"]).config.trainer.precision == means
 
 
-@pytest.mark.parametrize(
-    ("written", "means"), [(32, 32), (64, 64), ("'32'", 32), ("bf16-mixed", "bf16-mixed")]
-)
+@in_turn("written, means", [(32, 32), (64, 64), ("'32'", 32), ("bf16-mixed", "bf16-mixed")])
 def test_other_precisions_on_a_cpu(written, means, here):
     write(here / "a.yaml", f"precision: {written}\n")
     assert load_config("a.yaml").config.trainer.precision == means
@@ -670,9 +661,7 @@ def test_the_cuda_config_on_a_cpu_is_refused(here):
     assert "trainer.precision" in message and "set trainer.precision to 32" in message
 
 
-@pytest.mark.parametrize(
-    ("value", "fraction"), [(0, 0), (0.5, 0.5), (1, 1), (1.5, 0.015), (95, 0.95), (100, 1)]
-)
+@in_turn("value, fraction", [(0, 0), (0.5, 0.5), (1, 1), (1.5, 0.015), (95, 0.95), (100, 1)])
 def test_coverage_as_fraction_or_percentage(value, fraction):
     assert CoverageConfig(minimum_percent=value).minimum_fraction == pytest.approx(fraction)
 
@@ -760,7 +749,7 @@ HURTS = {
 
 
 @pytest.mark.parametrize("name", HURTS)
-@pytest.mark.parametrize("read", [load_config, load_manifest, file_settings])
+@in_turn("read", [load_config, load_manifest, file_settings])
 def test_yaml_that_hurts_is_one_short_line_at_once(read, name, here):
     path = write(here / "a.yaml", HURTS[name])
     started = time.perf_counter()
@@ -772,7 +761,7 @@ def test_yaml_that_hurts_is_one_short_line_at_once(read, name, here):
     message.encode()
 
 
-@pytest.mark.parametrize("name", HURTS)
+@in_turn("name", HURTS)
 def test_overrides_that_hurt_are_one_short_line(name, here):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [f"mlflow.tags={HURTS[name]}", f"seed={HURTS[name]}"])
@@ -784,8 +773,8 @@ def test_an_override_in_another_encoding_is_one_line(here):
         load_config(None, ["mlflow.run_name=caf\udce9"])
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
+@in_turn(
+    "text, value",
     [("0222", 222), ("'0222'", 222), ("222", 222), ("+0222", 222), ("0xde", 222), ("0b11", 3), ("0", 0)],
 )
 def test_a_seed_is_the_number_that_it_looks_like(text, value, here):
@@ -794,14 +783,14 @@ def test_a_seed_is_the_number_that_it_looks_like(text, value, here):
     assert load_config(None, [f"seed={text}"]).config.dataloader.seed == value
 
 
-@pytest.mark.parametrize("text", ["1:30", "1:30.5", "2025-11-03", "2024-02-30", "1e400"])
+@in_turn("text", ["1:30", "1:30.5", "2025-11-03", "2024-02-30", "1e400"])
 def test_what_is_no_number_is_not_taken_for_one(text, here):
     write(here / "a.yaml", f"optimizer: {{learning_rate: {text}}}\n")
     with pytest.raises(ConfigError, match="expected a number, found"):
         load_config("a.yaml")
 
 
-@pytest.mark.parametrize("text", ["2025-11-03", "2024-02-30", "007", "0222", "1:30", "2025-11-03T10:00:00Z"])
+@in_turn("text", ["2025-11-03", "2024-02-30", "007", "0222", "1:30", "2025-11-03T10:00:00Z"])
 def test_names_stay_as_they_are_written(text, here):
     write(here / "a.yaml", f"mlflow: {{run_name: {text}, tags: {{day: {text}}}}}\n")
     loaded = load_config("a.yaml")
@@ -835,8 +824,8 @@ def test_a_giant_value_of_a_caller_is_not_written_out_to_be_cut(here):
         load_config(None, {"dataloader.seed": value})
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
+@in_turn(
+    "key, value",
     [
         ("optimizer.weight_decay", 1e308), ("optimizer.learning_rate", 1e308), ("selection.spearman_weight", 1e308),
         ("trainer.gradient_clip_val", 1e31), ("early_stopping.min_delta", 10**400), ("dataloader.batch_size", 10**23),

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import in_turn
 from pytorch_lightning import LightningModule, Trainer
 from torch_geometric.data import Batch
 
@@ -56,8 +57,8 @@ def csv(tmp_path):
 # --- label files
 
 
-@pytest.mark.parametrize(
-    ("content", "part"),
+@in_turn(
+    "content, part",
     [
         ("", "found an empty file"),
         ("\n\n", "found an empty file"),
@@ -90,8 +91,8 @@ def test_a_bad_label_file_is_one_line_that_names_it(csv, content, part):
     assert "\n" not in str(problem.value)
 
 
-@pytest.mark.parametrize(
-    ("written", "read"),
+@in_turn(
+    "written, read",
     [("1.0000001", 1), ("1.000001", 1), ("-0.000001", 0), ("-1e-12", 0), ("1", 1), ("0.9999999", 0.9999999)],
 )
 def test_round_off_beyond_the_ends_is_clipped_and_noted(csv, written, read):
@@ -113,8 +114,8 @@ def test_models_stay_text(csv):
     assert read_labels(csv(f"MODEL,dockq\n{rows}")).table.MODEL.tolist() == names
 
 
-@pytest.mark.parametrize("start", ["MODEL,dockq", "\ufeffMODEL,dockq", " MODEL , dockq ", '"MODEL","dockq"'])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@in_turn("start", ["MODEL,dockq", "\ufeffMODEL,dockq", " MODEL , dockq ", '"MODEL","dockq"'])
+@in_turn("end", ["\n", "\r\n"])
 def test_headers_as_spreadsheets_write_them(csv, start, end):
     labels = read_labels(csv(end.join([start, " 001 , 0.5 ", "b,1e-1", ""])))
     assert labels.table.to_dict("list") == {"MODEL": ["001", "b"], "dockq": [0.5, 0.1]}
@@ -148,8 +149,8 @@ def match(csv, models, names):
     return match_labels(read_labels(csv(f"MODEL,dockq\n{rows}")), names)
 
 
-@pytest.mark.parametrize(
-    ("model", "graph"),
+@in_turn(
+    "model, graph",
     [
         ("top", "top"),  # the file in the graph directory goes before stems in folders
         ("A/a_1", "A/a_1"),
@@ -258,9 +259,7 @@ def test_unknown_targets_are_no_leak(tmp_path):
     assert None not in load_split("train", graphs.train_labels, store, target_regex=regex).targets
 
 
-@pytest.mark.parametrize(
-    ("percent", "refused"), [(0, False), (0.5, False), (50, False), (0.51, True), (51, True), (1, True)]
-)
+@in_turn("percent, refused", [(0, False), (0.5, False), (50, False), (0.51, True), (51, True), (1, True)])
 def test_minimum_coverage(percent, refused):
     report = {
         "val": {"total": 4, "usable": 2, "coverage": 0.5, "missing": ["a", "b"], "dropped_rows": 0},
@@ -430,16 +429,14 @@ def test_graphs_without_labels(tmp_path):
         locate_data(configured(graph=tmp_path / "absent"), tmp_path)
 
 
-@pytest.mark.parametrize("key", ["train_labels", "val_labels", "test_labels"])
+@in_turn("key", ["train_labels", "val_labels", "test_labels"])
 def test_labels_without_graphs(tmp_path, key):
     with pytest.raises(ConfigError, match="paths.graph"):
         locate_data(configured(**{key: tmp_path / "a.csv"}), tmp_path)
     assert not (tmp_path / "demo_data").exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "absent"), [("train_labels", "val_labels"), ("val_labels", "train_labels")]
-)
+@in_turn("given, absent", [("train_labels", "val_labels"), ("val_labels", "train_labels")])
 def test_half_of_the_labels(tiny, given, absent):
     with pytest.raises(ConfigError, match=f"paths.{absent}: .*set paths.{absent}"):
         locate_data(configured(graph=tiny.graph_dir, **{given: getattr(tiny, given)}))

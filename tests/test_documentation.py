@@ -1,15 +1,14 @@
 """The map is right: pages are listed, links lead somewhere, and the README's commands exist."""
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import in_turn
 
+from topoqa_nb.cli import main
 from topoqa_nb.everyday import EVERYDAY
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -45,19 +44,19 @@ def test_readme_is_short():
     assert len(README.splitlines()) < 150
 
 
-@pytest.mark.parametrize("path", LINKING, ids=lambda path: path.name)
+@in_turn("path", LINKING)
 def test_links_lead_to_files(path: Path):
     for link in re.findall(r"\]\(([^)#\s]+)", prose(path)):
         assert "://" in link or (path.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.split()[0])
-def test_commands_of_the_readme_exist(example: str):
+@in_turn("example", EXAMPLES)
+def test_commands_of_the_readme_exist(
+    example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setenv("COLUMNS", "200")  # so that no option is cut short
     command, *arguments = shlex.split(example)
-    words = [sys.executable, "-m", "topoqa_nb.cli", command, "--help"]
-    environment = {**os.environ, "COLUMNS": "200"}  # so that no option is cut short
-    shown = subprocess.run(words, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert shown.returncode == 0, shown.stderr
-    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.stdout)
+    assert main([command, "--help"]) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     for option in filter(lambda word: word.startswith("--"), arguments):
         assert option in text

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import in_turn
 from pytorch_lightning import Trainer
 from pytorch_lightning.accelerators import CPUAccelerator
 
@@ -145,7 +146,7 @@ def test_a_sweep_says_how_many_share_the_cores(monkeypatch: pytest.MonkeyPatch):
     assert [thread_count("auto"), thread_count("auto", 1), thread_count(5)] == [2, 8, 5]
 
 
-@pytest.mark.parametrize("said", ["", "0", "-1", "two", "1.5", "²"])
+@in_turn("said", ["", "0", "-1", "two", "1.5", "²"])
 def test_a_wrong_number_of_jobs_is_one_line(said: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(PARALLEL_VARIABLE, said)
     with pytest.raises(ConfigError, match=f"{PARALLEL_VARIABLE}: expected a number from 1"):

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
+from topoqa_nb.data.tiny import DemoPaths
 
 CACHE_OF_PYTORCH = "torchinductor_"  # one folder for a user, always of the same name
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
-    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import nbformat
 import pytest
+from conftest import in_turn
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -87,7 +88,7 @@ def snapshot(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("check", lint.CHECKS, ids=lambda check: check.__name__)
+@in_turn("check", lint.CHECKS)
 def test_a_sound_tree_passes(check: Callable, tree: Path):
     assert check(tree) == []
 

@@ -4,32 +4,34 @@ import math
 
 import numpy as np
 import pytest
+from conftest import in_turn
 from scipy.stats import pearsonr, spearmanr
 
 from topoqa_nb.ground.core import DataError
 from topoqa_nb.network.metrics import mse, pearson, ranking_loss, regression_metrics, spearman
 
 
-@pytest.fixture(params=range(20))
-def split(request):
-    "Predictions with ties, labels and targets of a random split."
-    generator = np.random.default_rng(request.param)
+def random_split(seed):
+    "Predictions with ties, labels and targets."
+    generator = np.random.default_rng(seed)
     count = int(generator.integers(8, 200))
     prediction = generator.uniform(0, 1, count).round(int(generator.integers(1, 8)))
     targets = [f"T{number}" for number in generator.integers(0, max(2, count // 8), count)]
     return prediction.astype(np.float32), generator.uniform(0, 1, count).astype(np.float32), targets
 
 
-def test_agrees_with_scipy(split):
-    prediction, dockq, _ = (np.asarray(part) for part in split)
+@in_turn("seed", range(20))
+def test_agrees_with_scipy(seed):
+    prediction, dockq, _ = random_split(seed)
     exact = prediction.astype(float), dockq.astype(float)
     assert pearson(prediction, dockq) == pytest.approx(pearsonr(*exact).statistic, abs=1e-12)
     assert spearman(prediction, dockq) == pytest.approx(spearmanr(*exact).statistic, abs=1e-12)
     assert mse(prediction, dockq) == pytest.approx(np.mean((exact[0] - exact[1]) ** 2), abs=1e-15)
 
 
-def test_order_of_rows_does_not_matter(split):
-    prediction, dockq, targets = split
+@in_turn("seed", range(20))
+def test_order_of_rows_does_not_matter(seed):
+    prediction, dockq, targets = random_split(seed)
     order = np.random.default_rng(1).permutation(len(dockq))
     shuffled = regression_metrics(prediction[order], dockq[order], [targets[position] for position in order])
     assert shuffled == pytest.approx(regression_metrics(prediction, dockq, targets), abs=1e-12, nan_ok=True)
@@ -61,7 +63,7 @@ def test_lone_and_unknown_decoys_count_in_no_target():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("constant", [0.1, 0.0, 1.0, 1e-300])
+@in_turn("constant", [0.1, 0.0, 1.0, 1e-300])
 def test_constant_input_gives_zero_without_warnings(constant):
     varied, same = np.linspace(0, 1, 7), np.full(7, constant)
     for first, second in ((varied, same), (same, varied), (same, same)):
@@ -78,14 +80,14 @@ def test_values_that_are_not_numbers_stay_visible():
     assert all(math.isnan(value) for value in found.values())
 
 
-def test_results_are_python_floats(split):
-    assert {type(value) for value in regression_metrics(*split).values()} == {float}
-    assert type(ranking_loss(*split[:2])) is float
+@in_turn("seed", range(20))
+def test_results_are_python_floats(seed):
+    prediction, dockq, targets = random_split(seed)
+    assert {type(value) for value in regression_metrics(prediction, dockq, targets).values()} == {float}
+    assert type(ranking_loss(prediction, dockq)) is float
 
 
-@pytest.mark.parametrize(
-    ("prediction", "dockq"), [([0.1], [0.1, 0.2]), ([], []), ([[0.1], [0.2]], [0.1, 0.2])]
-)
+@in_turn("prediction, dockq", [([0.1], [0.1, 0.2]), ([], []), ([[0.1], [0.2]], [0.1, 0.2])])
 def test_wrong_shapes_are_refused(prediction, dockq):
     with pytest.raises(DataError, match="one value per decoy"):
         regression_metrics(prediction, dockq)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import in_turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
@@ -114,9 +115,9 @@ def score_by_hand(model: TopoQANet, graph: Data):
     return 1 / (1 + torch.exp(-model.score(hidden)))
 
 
-@pytest.mark.parametrize("pooling_type", POOLINGS)
-@pytest.mark.parametrize("edge_encoder", ["mlp", "linear"])
-@pytest.mark.parametrize("heads", [1, 3])
+@in_turn("pooling_type", POOLINGS)
+@in_turn("edge_encoder", ["mlp", "linear"])
+@in_turn("heads", [1, 3])
 def test_the_formulas_of_the_page(pooling_type, edge_encoder, heads):
     model = make_model(pooling_type=pooling_type, edge_encoder=edge_encoder, attention_head=heads)
     for graph in (make_graph(6, 15), make_graph(4, 0), make_graph(1, 0), make_graph(1, 2)):
@@ -170,7 +171,7 @@ def test_the_edge_features_matter():
 # Graphs at the border.
 
 
-@pytest.mark.parametrize("pooling_type", POOLINGS)
+@in_turn("pooling_type", POOLINGS)
 def test_a_batch_in_which_no_graph_has_an_edge(pooling_type):
     model = make_model(pooling_type=pooling_type)
     scores = model(Batch.from_data_list([make_graph(3, 0), make_graph(1, 0, seed=1)]))
@@ -179,8 +180,8 @@ def test_a_batch_in_which_no_graph_has_an_edge(pooling_type):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("pooling_type", POOLINGS)
-@pytest.mark.parametrize("place", ["first", "middle", "last"])
+@in_turn("pooling_type", POOLINGS)
+@in_turn("place", ["first", "middle", "last"])
 def test_a_graph_without_edges_pools_zeros_wherever_it_stands(pooling_type, place):
     rows, graph_of_row = (
         torch.tensor([[-2.0], [-4.0], [-6.0]]),
@@ -201,7 +202,7 @@ def test_an_isolated_node_takes_part_in_node_pooling_only():
     assert (model(larger) - model(graph)).abs() > 1e-9
 
 
-@pytest.mark.parametrize("pooling_type", POOLINGS)
+@in_turn("pooling_type", POOLINGS)
 def test_pooling_returns_one_tensor(pooling_type):
     pooled = pool(torch.randn(4, 2), torch.tensor([0, 0, 1, 1]), 2, pooling_type)
     assert isinstance(pooled, torch.Tensor) and pooled.shape == (2, 2)
@@ -219,7 +220,7 @@ def test_edge_features_without_a_second_dimension_are_one_column():
     assert torch.equal(flat, model(graph))
 
 
-@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@in_turn("kind", [torch.bfloat16, torch.float16])
 def test_many_edges_are_pooled_correctly_in_half_precision(kind):
     "A sum of ones stops at 256 in bf16 and at 2048 in fp16."
     rows = torch.cat([torch.zeros(3000, 1), torch.ones(3000, 1)]).to(kind)
@@ -244,8 +245,8 @@ def test_mixed_precision_runs_forward_and_backward(monkeypatch):
 # Parameters.
 
 
-@pytest.mark.parametrize("pooling_type", POOLINGS)
-@pytest.mark.parametrize("num_layers", [1, 2, 4])
+@in_turn("pooling_type", POOLINGS)
+@in_turn("num_layers", [1, 2, 4])
 def test_every_parameter_is_used(pooling_type, num_layers):
     "An unused one stops a training on several processes."
     model = make_model(pooling_type=pooling_type, num_layers=num_layers)
@@ -289,7 +290,7 @@ def test_the_schema_decides_about_layer_norm():
     assert kinds == {True: ["Linear", "LayerNorm", "ReLU", "Linear"], False: ["Linear", "ReLU", "Linear"]}
 
 
-@pytest.mark.parametrize("key, value", [("pooling_type", "median"), ("edge_encoder", "transformer")])
+@in_turn("key, value", [("pooling_type", "median"), ("edge_encoder", "transformer")])
 def test_unknown_settings_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"model.{key}.*found {value}"):
         TopoQANet(widths(NODE_WIDTH, EDGE_WIDTH), **{key: value})
@@ -446,9 +447,9 @@ def published_state(model: TopoQANet, prefix: str = "") -> dict[str, torch.Tenso
     return {prefix + published: model.state_dict()[own] for own, published in published_names(model).items()}
 
 
-@pytest.mark.parametrize("edge_encoder, use_layer_norm", [("mlp", True), ("mlp", False), ("linear", True)])
-@pytest.mark.parametrize("prefix", ["", "model.", "net.module."])
-@pytest.mark.parametrize("in_lightning_file", [True, False])
+@in_turn("edge_encoder, use_layer_norm", [("mlp", True), ("mlp", False), ("linear", True)])
+@in_turn("prefix", ["", "model.", "net.module."])
+@in_turn("in_lightning_file", [True, False])
 def test_a_published_file_gives_the_same_network(
     tmp_path, edge_encoder, use_layer_norm, prefix, in_lightning_file
 ):

@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from conftest import in_turn
 from rich.console import Console
 
 from topoqa_nb.ground.config import load_config
@@ -196,8 +197,8 @@ def test_names_are_not_markup(root):
     assert "run[red]1" in shown
 
 
-@pytest.mark.parametrize(
-    ("seconds", "words"),
+@in_turn(
+    "seconds, words",
     [(0, "0 s"), (59.6, "59 s"), (61, "1 min"), (7260, "2 h 1 min"), (90000, "1 d 1 h")],
 )
 def test_durations(seconds, words):

@@ -11,6 +11,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from conftest import in_turn
 
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import TrainingError, read_json, write_text
@@ -36,7 +37,7 @@ def parameter_cell(name):
 # --- form
 
 
-@pytest.mark.parametrize("name", NAMES)
+@in_turn("name", NAMES)
 def test_every_parameter_is_typed_and_commented(name):
     source = parameter_cell(name)
     lines = source.splitlines()
@@ -46,7 +47,7 @@ def test_every_parameter_is_typed_and_commented(name):
     assert not source.startswith("# Parameters\n")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@in_turn("name", NAMES)
 def test_all_notebooks_have_the_names_and_defaults_of_the_pipeline(name):
     assert parameter_cell(name) == parameter_cell("full_pipeline")
     names = [line.target.id for line in ast.parse(parameter_cell(name)).body]
@@ -56,7 +57,7 @@ def test_all_notebooks_have_the_names_and_defaults_of_the_pipeline(name):
     assert PipelineParameters(**{field: values[field] for field in names}) == PipelineParameters()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@in_turn("name", NAMES)
 def test_papermill_can_read_the_parameters(name, caplog):
     found = papermill.inspect_notebook(str(PIPELINES / f"{name}.ipynb"))
     assert set(found) == set(PipelineParameters.model_fields)
@@ -64,7 +65,7 @@ def test_papermill_can_read_the_parameters(name, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("name", NAMES)
+@in_turn("name", NAMES)
 def test_notebooks_hold_no_logic(name):
     logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.For, ast.While, ast.Try)
     for cell in cells(name):
@@ -73,7 +74,7 @@ def test_notebooks_hold_no_logic(name):
         assert not cell.outputs and cell.execution_count is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@in_turn("name", NAMES)
 def test_every_parameter_is_handed_on_as_it_was_given(name):
     sources = [cell.source for cell in cells(name) if cell.source != parameter_cell(name)]
     (call,) = [number for number, source in enumerate(sources) if "check_parameters(globals())" in source]

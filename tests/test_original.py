@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import in_turn
 from original_stack import (
     CORRELATIONS,
     FLAT,
@@ -65,10 +66,10 @@ def test_configuration_and_metadata_of_every_form(root, config_file, config, wit
         "logs/csv/version_0/metrics.csv",
     ],
 )
-@pytest.mark.parametrize("train", ["train_mse", "train_loss", "train_loss_epoch"])
+@in_turn("train", ["train_mse", "train_loss", "train_loss_epoch"])
 def test_metrics_wherever_the_logger_put_them(root, place, train):
-    write_original_run(root / "old", metrics=(place,), rows=logger_rows(train))
-    table = read_metrics(find_run(root, "old"))
+    write_original_run(root / train, metrics=(place,), rows=logger_rows(train))
+    table = read_metrics(find_run(root, train))
     assert tuple(table.columns) == METRIC_COLUMNS
     assert table.epoch.tolist() == [0, 1, 2, 3, 4, 5]
     assert table.val_loss.tolist() == list(LOSSES)

@@ -48,15 +48,14 @@ def required_imports(module: Path) -> set[str]:
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"topoqa_nb"}
 
 
-@pytest.mark.parametrize(
-    "module", sorted((REPOSITORY / "topoqa_nb").glob("*.py")), ids=lambda path: path.stem
-)
-def test_what_a_module_imports_is_declared(module: Path):
+def test_what_a_module_imports_is_declared():
     declared = {canonicalize_name(requirement.name) for requirement in requirements()}
     distributions = packages_distributions()
-    for name in required_imports(module):
-        found = {canonicalize_name(distribution) for distribution in distributions.get(name, [name])}
-        assert (found | {COMES_WITH.get(one) for one in found}) & declared, name
+    for module in (REPOSITORY / "topoqa_nb").rglob("*.py"):
+        for name in required_imports(module):
+            found = {canonicalize_name(distribution) for distribution in distributions.get(name, [name])}
+            known = found | {COMES_WITH.get(one) for one in found}
+            assert known & declared, f"{module} imports {name}"
 
 
 def test_every_requirement_is_pinned_within_its_bounds():

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import is_running
+from conftest import in_turn, is_running
 
 from topoqa_nb.ground.core import RunError
 from topoqa_nb.sweep.processes import PRELOADED, Forked, ForkServer
@@ -67,8 +67,8 @@ def test_a_copy_sees_what_a_plain_process_sees(tmp_path: Path, monkeypatch: pyte
     assert seen["linux"]["environment"]["COLOUR"] == "red"
 
 
-@pytest.mark.parametrize(
-    ("code", "expected"),
+@in_turn(
+    "code, expected",
     [
         ("pass", 0),
         ("import sys; sys.exit(7)", 7),

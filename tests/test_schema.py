@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import in_turn
 from torch_geometric.data import Data
 
 from topoqa_nb.data import sidecar as sidecar_module
@@ -88,7 +89,7 @@ def test_without_anything_the_widths_are_known(graph_dir: Path):
     assert any("no sidecar" in note for note in found.notes)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "content, note",
     [
         ("{", "expected valid JSON"),
@@ -123,9 +124,7 @@ def test_a_sidecar_that_is_not_text_is_a_note(graph_dir: Path):
     assert any("expected valid JSON" in note for note in quiet(graph_dir).notes)
 
 
-@pytest.mark.parametrize(
-    "key", ["edge_module", "edge_params", "edge_metadata", "node_feature_columns", "node_feature_dim"]
-)
+@in_turn("key", ["edge_module", "edge_params", "edge_metadata", "node_feature_columns", "node_feature_dim"])
 def test_each_missing_key_is_named_and_the_others_are_used(graph_dir: Path, key: str):
     lacking = {name: value for name, value in ENTRY.items() if name != key}
     write(graph_dir / "graph_metadata.json", {NAMES[0]: lacking, NAMES[1]: lacking, NAMES[2]: lacking})
@@ -143,9 +142,7 @@ def test_bands_may_be_absent(graph_dir: Path):
     assert len(found.notes) == 1 and "no builder summary" in found.notes[0]
 
 
-@pytest.mark.parametrize(
-    "option, key", [("metadata_path", "paths.metadata"), ("summary_path", "paths.summary")]
-)
+@in_turn("option, key", [("metadata_path", "paths.metadata"), ("summary_path", "paths.summary")])
 def test_an_explicit_file_must_exist(graph_dir: Path, option: str, key: str):
     with pytest.raises(DataError, match=rf"absent\.json: .*{key} names, found no such file"):
         resolve_schema(graph_dir, **{option: graph_dir / "absent.json"})
@@ -161,7 +158,7 @@ def test_an_explicit_sidecar_is_used(graph_dir: Path, tmp_path: Path):
 # --- tensors win ---
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "change, said",
     [
         (
@@ -283,7 +280,7 @@ def test_the_newest_summary_of_this_directory(graph_dir: Path, tmp_path: Path):
     assert quiet(graph_dir).summary_path == old
 
 
-@pytest.mark.parametrize("output", ["one/graph_data", "./one/../one/graph_data", "builds/one/graph_data"])
+@in_turn("output", ["one/graph_data", "./one/../one/graph_data", "builds/one/graph_data"])
 def test_a_relative_output_directory(graph_dir: Path, output: str):
     path = summary(graph_dir.parent.parent / "logs", output)
     assert quiet(graph_dir).summary_path == path
@@ -303,9 +300,7 @@ def test_a_linked_graph_directory_finds_its_summary(graph_dir: Path, tmp_path: P
     assert quiet(link).summary_path == path
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "", "[]", '{"edge": 3}', '{"edge": {"output_dir": 5}, "modules": []}']
-)
+@in_turn("content", ["{", "", "[]", '{"edge": 3}', '{"edge": {"output_dir": 5}, "modules": []}'])
 def test_a_bad_summary_is_passed_over(graph_dir: Path, tmp_path: Path, content: str):
     write(tmp_path / "logs" / "bad" / "graph_builder_summary.json", content)
     good = summary(tmp_path / "logs" / "good", str(graph_dir))
@@ -313,7 +308,7 @@ def test_a_bad_summary_is_passed_over(graph_dir: Path, tmp_path: Path, content: 
     assert quiet(graph_dir).summary_path == good
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "content, note",
     [
         ("{", "expected valid JSON"),
@@ -395,7 +390,7 @@ def test_a_record_of_the_original_is_read():
     assert (found.edge_schema.dim, found.node_schema.columns, found.module_registry) == (24, [], {})
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "content",
     [None, {}, {"edge_schema": {"dim": 3}}, {"edge_schema": {"dim": "3"}, "node_schema": {"dim": 4}}],
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import in_turn
 
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import write_text
@@ -97,8 +98,8 @@ CORE = ["--manifest", "manifests/run_core.yaml"]
 
 
 @pytest.mark.parametrize("name", ["run_training.sh", "model_train_topoqa_cpu.py"])
-@pytest.mark.parametrize(
-    ("given", "expected"),
+@in_turn(
+    "given, expected",
     [
         ([], CONFIG),
         (
@@ -131,8 +132,8 @@ def test_monitor_and_fine_tune_hand_on_what_they_get(asked):
     assert asked("run_fine_tune_only.sh", *words) == ["fine-tune", *words]
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
+@in_turn(
+    "given, expected",
     [
         ([], CORE),
         (["--bundle", "core"], CORE),
@@ -170,7 +171,7 @@ def test_full_pipeline_without_variables(asked):
     assert asked("run_full_pipeline.sh") == ["pipeline"]
 
 
-@pytest.mark.parametrize("name", [*PIPELINE_VARIABLES, *OTHER_VARIABLES])
+@in_turn("name", [*PIPELINE_VARIABLES, *OTHER_VARIABLES])
 def test_full_pipeline_with_one_variable(asked, name):
     value, expected = (PIPELINE_VARIABLES | OTHER_VARIABLES)[name]
     assert asked("run_full_pipeline.sh", **{name: value}) == ["pipeline", *expected]
@@ -184,12 +185,12 @@ def test_full_pipeline_with_all_variables_and_an_option_that_wins(asked):
     assert asked("run_full_pipeline.sh", *manifest, **given) == ["pipeline", *words, *manifest]
 
 
-@pytest.mark.parametrize("value", ["0", "false", "no", ""])
+@in_turn("value", ["0", "false", "no", ""])
 def test_a_variable_that_is_switched_off(asked, value):
     assert asked("run_full_pipeline.sh", SKIP_SWEEP=value, SKIP_FINE=value, RESUME_FROM="") == ["pipeline"]
 
 
-@pytest.mark.parametrize("name", PIPELINE_VARIABLES)
+@in_turn("name", PIPELINE_VARIABLES)
 def test_ramdisk_hands_the_pipelines_variables_to_the_pipeline(asked, name):
     value, expected = PIPELINE_VARIABLES[name]
     assert asked("ramdisk_run_pipeline.sh", **{name: value}) == ["ramdisk", "--", *expected]
@@ -222,8 +223,8 @@ def test_ramdisk_variables_of_its_own(asked):
 # --- mistakes
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "variables", "words"),
+@in_turn(
+    "name, given, variables, words",
     [
         (
             "run_manifest_sweep.sh",

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import in_turn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -65,9 +66,7 @@ def test_the_description_tells_weight_delta_and_state():
     assert "off" in off and "ranked by val_loss" in off
 
 
-@pytest.mark.parametrize(
-    "call", [lambda name: SelectionRule(primary_metric=name), lambda name: rank([], name)]
-)
+@in_turn("call", [lambda name: SelectionRule(primary_metric=name), lambda name: rank([], name)])
 def test_an_unknown_metric_is_refused(call):
     with pytest.raises(ConfigError, match="selection.primary_metric.*found val_spearman"):
         call("val_spearman")
@@ -76,7 +75,7 @@ def test_an_unknown_metric_is_refused(call):
 # Names.
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "name, expected",
     [
         ("checkpoint.sel--0.69959_val-0.05479_epoch128.chkpt", (-0.69959, 0.05479, 128)),
@@ -100,7 +99,7 @@ def test_a_value_that_rounds_to_zero_has_no_sign():
     assert checkpoint_name(-1e-7, 0.0, 0) == "checkpoint.sel-0.00000_val-0.00000_epoch000.chkpt"
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "name",
     ["last.chkpt", "best.ckpt", "model.pt", "", "checkpoint.sel-_val-_epoch.chkpt",
      "checkpoint.sel-nan_val-0.10000_epoch001.chkpt", "checkpoint.sel--0.1_val-0.1_epoch001.chkpt.tmp",

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from conftest import in_turn
 from torch_geometric.data import Batch, Data
 
 from topoqa_nb.data import packing as packing_module
@@ -77,7 +78,7 @@ def test_reading_leaves_no_class_on_the_global_allow_list(tmp_path: Path):
     assert set(torch.serialization.get_safe_globals()) == before
 
 
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
+@in_turn("options", [{}, {"_use_new_zipfile_serialization": False}])
 def test_both_torch_formats(tmp_path: Path, options: dict):
     original = graph()
     found = read_graph(save(original, tmp_path / "g.pt", **options))
@@ -92,8 +93,8 @@ def test_legacy_unsafe_pickle_is_refused_by_name(tmp_path: Path):
         read_graph(path)
 
 
-@pytest.mark.parametrize("kept", [1, 100, 0.5, 0.95], ids=str)
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
+@in_turn("kept", [1, 100, 0.5, 0.95])
+@in_turn("options", [{}, {"_use_new_zipfile_serialization": False}])
 def test_truncated_at_any_place(tmp_path: Path, kept: float, options: dict):
     path = save(graph(), tmp_path / "cut.pt", **options)
     content = path.read_bytes()
@@ -104,7 +105,7 @@ def test_truncated_at_any_place(tmp_path: Path, kept: float, options: dict):
         read_graph(path)
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "content",
     [
         b"",
@@ -113,7 +114,6 @@ def test_truncated_at_any_place(tmp_path: Path, kept: float, options: dict):
         bytes(range(128, 256)) * 4,
         pickle.dumps({"x": 1}, protocol=4),
     ],
-    ids=["empty", "text", "broken zip", "random", "pickle"],
 )
 def test_what_is_no_torch_file(tmp_path: Path, content: bytes, recwarn: pytest.WarningsRecorder):
     path = tmp_path / "odd.pt"
@@ -135,7 +135,7 @@ def graph_of_pyg_1() -> Data:
     return old
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "content, found",
     [
         ({"x": torch.zeros(2, 3)}, "a dict"),
@@ -143,7 +143,6 @@ def graph_of_pyg_1() -> Data:
         (torch.zeros(2, 3), r"float32 \[2, 3\]"),
         (None, "nothing"),
     ],
-    ids=["dict", "list", "tensor", "none"],
 )
 def test_not_a_graph(tmp_path: Path, content: object, found: str):
     with pytest.raises(DataError, match=f"expected one torch_geometric Data object, found {found}"):
@@ -180,7 +179,7 @@ def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "key, change, message",
     [
         ("x", lambda x: None, "found nothing"),
@@ -230,7 +229,7 @@ def test_features_become_float32_without_gradient(tmp_path: Path):
     assert not found.x.requires_grad
 
 
-@pytest.mark.parametrize("edges", [0, 4])
+@in_turn("edges", [0, 4])
 def test_flat_edge_features_are_one_column(tmp_path: Path, edges: int):
     flat = graph(edges=edges)
     flat.edge_attr = torch.rand(edges)
@@ -281,10 +280,9 @@ def originals(tmp_path: Path) -> list[Data]:
     return graphs
 
 
-@pytest.mark.parametrize(
+@in_turn(
     "chosen",
     [[0], [1], [1, 3], [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 2, 1, 1, 2], [1, 0, 3]],
-    ids=str,
 )
 def test_a_batch_equals_collation(tmp_path: Path, originals: list[Data], chosen: list[int]):
     store = open_store(tmp_path)
@@ -506,7 +504,7 @@ def make_directory(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, overwrite, Path.unlink, make_directory])
-@pytest.mark.parametrize("name", ["header", "x", "edges", "edge_attr"])
+@in_turn("name", ["header", "x", "edges", "edge_attr"])
 def test_a_damaged_store_is_packed_again(opened, originals: list[Data], damage: Callable, name: str):
     damage(opened().folder / name)
     store = opened()

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import is_running
+from conftest import in_turn, is_running
 
 from topoqa_nb.data.dataset import locate_data
 from topoqa_nb.data.store import open_store
@@ -69,11 +69,6 @@ def stand_in(*scripts: str):
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     "A stand-in needs no PyTorch."
     monkeypatch.setattr("topoqa_nb.sweep.sweep.PRELOADED", ())
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
-    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
 
 
 def write_manifest(folder: Path, demo: DemoPaths, **content: object) -> Path:
@@ -130,8 +125,8 @@ def test_a_wrong_manifest_is_one_line_with_the_place(tmp_path: Path, text: str |
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("job", "error", "parts"),
+@in_turn(
+    "job, error, parts",
     [
         ({}, ConfigError, ["jobs.0.config", "give the job or shared a config"]),
         ({"config": "absent_anywhere.yaml"}, ConfigError, ["jobs.0.config", "absent_anywhere.yaml"]),
@@ -234,7 +229,7 @@ def test_planning_writes_nothing(tmp_path: Path, demo: DemoPaths, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "count"), [("core", 3), ("extended", 9), ("experiments", 1), ("demo", 3)])
+@in_turn("name, count", [("core", 3), ("extended", 9), ("experiments", 1), ("demo", 3)])
 def test_shipped_manifests_plan(name: str, count: int):
     jobs = plan_jobs(load_manifest(f"run_{name}.yaml"))
     assert len(jobs) == count
@@ -266,7 +261,7 @@ def test_threads_follow_the_configuration(tmp_path: Path, demo: DemoPaths, monke
     assert found == [["1", "2", "8"], ["1", "2", "2"]]
 
 
-@pytest.mark.parametrize(("asked", "slots"), [("auto", 4), (1, 1), (2, 2), (9, 4)])
+@in_turn("asked, slots", [("auto", 4), (1, 1), (2, 2), (9, 4)])
 def test_auto_fills_the_cores_and_is_never_more_than_jobs(
     asked: object, slots: int, tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch
 ):
