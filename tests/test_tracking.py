@@ -586,7 +586,7 @@ def test_a_training_is_the_same_with_and_without_mlflow(tiny, tmp_path, store):
     child = train(
         load_config(None, tiny | tracked | {"paths.save_dir": str(tmp_path)}),
         run_name="child",
-        resume_from=run.checkpoints / "best.ckpt",
+        parent=run.checkpoints / "best.ckpt",
     )
     assert copy_of(child).data.tags["topoqa.parent_mlflow_run_id"] == client_of(run)[1]
 

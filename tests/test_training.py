@@ -49,7 +49,7 @@ def tiny(tmp_path_factory):
 def run_once(tiny, folder, name="run", resume_from=None, **changes):
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     loaded = load_config(None, tiny | {"paths.save_dir": str(folder)} | changes)
-    return train(loaded, run_name=name, resume_from=resume_from)
+    return train(loaded, run_name=name, parent=resume_from)
 
 
 def test_a_run_leaves_what_the_contract_names(tiny, tmp_path):

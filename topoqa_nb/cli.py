@@ -136,7 +136,7 @@ def run_command(
     with fast_import():
         from topoqa_nb.training.training import train
 
-    train(loaded, run_name=run_name, output_root=output_root, **kept, resume_from=resume_from)
+    train(loaded, run_name=run_name, output_root=output_root, **kept, parent=resume_from)
 
 # %% ../nbs/99_cli.ipynb #99-016
 @app.command("resume")

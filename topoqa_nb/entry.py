@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
-from .ground.console import console_for, refuse_bytes, to_nobody
+from .ground.console import check_text, console_for, to_nobody
 from .ground.core import ConfigError, TopoqaError, TrainingError, resource_error
 from .ground.signals import Interrupted
 
@@ -100,7 +100,7 @@ def main(
         arguments = joined_pairs(arguments)
     with console_for(arguments[0]):
         try:
-            refuse_bytes(arguments)
+            check_text(arguments)
             code = app(args=arguments, prog_name="topoqa", standalone_mode=False)
             sys.stdout.flush()
             if code == 128 + signal.SIGINT:  # Ctrl-C before anything began; Typer keeps silent about it

@@ -22,7 +22,7 @@ EVERYDAY = {  # name -> the module that has it
     "resolve_schema": "topoqa_nb.data.schema",  # the features of a build
     "TopoQANet": "topoqa_nb.network.model",  # the network
     "load_model": "topoqa_nb.network.weights",  # the network of a checkpoint
-    "train": "topoqa_nb.training.training",  # one run; with `resume_from` a fine-tune
+    "train": "topoqa_nb.training.training",  # one run; with `parent` a fine-tune
     "resume": "topoqa_nb.training.resume",  # a run that goes on
     "predict_split": "topoqa_nb.training.module",  # the scores that a checkpoint gives
     "run_sweep": "topoqa_nb.everyday",  # every job of a manifest

@@ -19,8 +19,8 @@ from topoqa_nb.data.audit_graphs import (
     duplicate_findings,
     finding_of,
     interface_findings,
-    look_at_graphs,
     name_findings,
+    scan_graphs,
     sidecar_findings,
     width_findings,
 )
@@ -183,7 +183,7 @@ def audit(
     for path in map(Path, labels):
         if not path.is_file():
             raise DataError(path, "a label file", "no such file", "check the path")
-    graphs, findings = look_at_graphs(files, trust_pickles=trust_pickles)
+    graphs, findings = scan_graphs(files, trust_pickles=trust_pickles)
     from_sidecar, columns = sidecar_findings(graph_dir, list(files), graphs)
     findings += width_findings(graphs) + from_sidecar + name_findings(files, bool(labels))
     label_files = []

@@ -133,7 +133,7 @@ class GraphStore(_Packed):
         "Graph name -> its number."
         return {name: number for number, name in enumerate(self.names)}
 
-    def choose(
+    def subset(
         self,
         names: Sequence[str],  # of graphs in this store
     ) -> "GraphStore":  # on the same arrays
@@ -376,7 +376,7 @@ def open_store(
     if store is None and chosen is not None:
         return _in_memory(graph_dir, trust_pickles, chosen)
     store = store or _pack_somewhere(place, graph_dir, trust_pickles)
-    return store if chosen is None else store.choose(chosen)
+    return store if chosen is None else store.subset(chosen)
 
 
 def _pack_somewhere(place: Path, graph_dir: Path, trust_pickles: bool) -> GraphStore:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'record', 'UNWRAPPED', 'say', 'duration', 'standard_output', 'show', 'rendered', 'to_nobody', 'console_for',
-           'refuse_bytes']
+           'check_text']
 
 # %% ../../nbs/0_ground/02_console.ipynb #02-003
 import logging
@@ -141,7 +141,7 @@ def console_for(
             sys.stderr.flush()
 
 # %% ../../nbs/0_ground/02_console.ipynb #02-024
-def refuse_bytes(
+def check_text(
     arguments: Sequence[str],  # of the command line, the command first
 ) -> None:
     "Raise `ConfigError` for what is not UTF-8 and would be written to the files of a run."

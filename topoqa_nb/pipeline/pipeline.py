@@ -33,8 +33,8 @@ from ..ground.signals import interruptible
 from topoqa_nb.pipeline.parameters import (
     PipelineParameters,
     absolute_parameters,
+    check_known,
     pipeline_parameters,
-    refuse_unknown,
 )
 from .plan import STAGES, Pipeline, claim_reports, hold_reports, settle
 from .stage_record import is_completed, read_stage, restored_error, stage_file
@@ -58,7 +58,7 @@ def check_parameters(
 ) -> PipelineParameters:  # absolute
     "First call of a notebook: refuses names and values that it does not know (`ConfigError`)."
     shell, known = get_ipython(), PipelineParameters.model_fields
-    refuse_unknown(injected_names(shell.history_manager.input_hist_raw if shell else []), known)
+    check_known(injected_names(shell.history_manager.input_hist_raw if shell else []), known)
     values = {name: namespace[name] for name in known if name in namespace}
     return absolute_parameters(pipeline_parameters(values), Path.cwd())
 

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ..ground.console import show, standard_output
 from ..ground.core import TopoqaError, plain, to_json
-from .leaderboard import best_score, refuse_damaged
+from .leaderboard import best_score, check_damage
 from .progress import left_text, progress
 from .record import BEST, ENDED, RunDirectory, RunRecord, read_record
 from .runs import read_metrics
@@ -63,7 +63,7 @@ def snapshot(
 ) -> dict[str, object]:  # plain types, ready for JSON
     "What can be said about a run now. Raises `RunError` when its files are damaged or half-written."
     record, metrics = read_record(run), read_metrics(run)
-    refuse_damaged(run, record)
+    check_damage(run, record)
     best = {"metric": record.selection.primary_metric}
     return plain(
         {

@@ -91,14 +91,14 @@ def read_table(
     "A CSV file of numbers, whole. Raises `RunError` for a file that is cut off or damaged."
     try:
         text = Path(path).read_text(encoding="utf-8")
-        _refuse_cut(path, text.splitlines(keepends=True))
+        _check_uncut(path, text.splitlines(keepends=True))
         cells = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
         return cells.map(lambda cell: float(cell) if cell else math.nan).astype(float)
     except (OSError, ValueError) as problem:  # pandas' own errors are ValueErrors
         raise RunError(path, "a CSV file of numbers", str(problem).strip(), "restore the file") from None
 
 
-def _refuse_cut(path: str | Path, lines: Sequence[str]) -> None:
+def _check_uncut(path: str | Path, lines: Sequence[str]) -> None:
     "Raise `RunError` when the last line has no end, or a row has other cells than the header."
     if lines and not lines[-1].endswith("\n"):
         fix = "wait until it is written, or restore the file"

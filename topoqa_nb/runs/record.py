@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BEST', 'ENDED', 'RunDirectory', 'initial_metadata', 'Selection', 'Checkpoints', 'Lineage', 'Runtime', 'Progress',
            'Stopping', 'Loader', 'Parameters', 'RunRecord', 'record_of', 'read_record', 'read_metadata', 'merged',
-           'update_metadata', 'refuse_original']
+           'update_metadata', 'check_not_original']
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-003
 import secrets
@@ -330,14 +330,14 @@ def update_metadata(
     **sections: object,  # a mapping is merged into the section of its name, anything else replaces it
 ) -> dict[str, object]:  # all metadata afterwards
     "Change some metadata; readers see all of the change or none. Raises `RunError` when they are damaged."
-    refuse_original(run)
+    check_not_original(run)
     before = _own_record(run).written if run.metadata_file.exists() else {}
     metadata = merged(before, sections)
     write_json(run.metadata_file, metadata)
     return metadata
 
 
-def refuse_original(run: RunDirectory) -> None:
+def check_not_original(run: RunDirectory) -> None:
     "Raise `RunError` for a run of the original stack, which is only read."
     if is_original(run.path):
         fix = "start a new run from its checkpoint with --resume-from"

@@ -264,13 +264,13 @@ def ended_result(
     "The result of a process that is gone."
     child.kill()  # loader processes that a crash left behind
     seconds = time.monotonic() - child.started
-    missing = ("interrupted", "stopped with the sweep") if stopped else ("failed", _last_words(child))
+    missing = ("interrupted", "stopped with the sweep") if stopped else ("failed", _failure_reason(child))
     return result_of(
         child.job.name, child.job.run, seconds=seconds, status=missing[0], reason=missing[1], completed=now()
     )
 
 
-def _last_words(child: Child) -> str:
+def _failure_reason(child: Child) -> str:
     "Why a process died, as far as it can be known."
     code = child.process.returncode
     if code < 0:

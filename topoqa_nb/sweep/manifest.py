@@ -95,11 +95,11 @@ def load_manifest(
         manifest = Manifest.model_validate(content | {"path": file})
     except ValidationError as problem:
         raise _manifest_error(file, problem.errors()[0]) from None
-    _refuse_duplicates(file, [job.name for job in manifest.jobs], "job names")
+    _check_different(file, [job.name for job in manifest.jobs], "job names")
     return manifest
 
 
-def _refuse_duplicates(where: object, names: Iterable[str], kind: str) -> None:
+def _check_different(where: object, names: Iterable[str], kind: str) -> None:
     "Raise `ConfigError` naming what occurs twice."
     names = list(names)
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -228,7 +228,7 @@ def plan_jobs(
     if output_root is not None:
         last |= absolute_overrides({"paths.save_dir": output_root}, Path.cwd())
     jobs = [_plan_job(manifest, position, last, timestamp) for position in range(len(manifest.jobs[:limit]))]
-    _refuse_duplicates(manifest.path, [str(job.run.path) for job in jobs], "run directories")
+    _check_different(manifest.path, [str(job.run.path) for job in jobs], "run directories")
     return jobs
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-022

@@ -259,7 +259,7 @@ def _send(process: subprocess.Popen, request: Mapping[str, object]) -> None:
             rest = rest[process.stdin.write(rest) :]
 
 
-def _last_words(process: subprocess.Popen, errors: BinaryIO) -> str:
+def _failure_reason(process: subprocess.Popen, errors: BinaryIO) -> str:
     "Why the server is gone."
     code = process.wait()
     errors.seek(0)
@@ -299,7 +299,7 @@ class _ServerProcess:
         _send(self.process, request)
         while self.told.reply is None:
             if not self.listen(wait=True):
-                raise _refusal(_last_words(self.process, self.errors), "look for a lack of memory")
+                raise _refusal(_failure_reason(self.process, self.errors), "look for a lack of memory")
         if isinstance(self.told.reply, str):
             raise _refusal(self.told.reply, "run fewer jobs at a time")
         return self.told.reply
@@ -317,7 +317,7 @@ def _living(server: _ServerProcess) -> _ServerProcess:
     if server.listen():
         return server
     if not server.told.ready:
-        raise _refusal(_last_words(server.process, server.errors), "see whether topoqa env works")
+        raise _refusal(_failure_reason(server.process, server.errors), "see whether topoqa env works")
     server.close()
     return _ServerProcess(server.modules, server.errors)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARENT_VARIABLE', 'mlflow_name', 'mlflow_text', 'parameters', 'resumed_parameters', 'metric_rows', 'contradicted',
            'parent_tags', 'run_tags', 'find_mlflow_run', 'send_values', 'send_files', 'MlflowRun', 'sweep_run_id',
-           'LinkedRun', 'RunCopy']
+           'LinkedRun', 'MlflowMirror']
 
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-003
 import getpass
@@ -27,7 +27,7 @@ from ..ground.settings import MlflowConfig
 from ..runs.record import RunDirectory, read_metadata, update_metadata
 from ..runs.runs import read_metrics
 from ..runs.selection import RANK_LINKS
-from .mlflow_store import Store, without_secrets
+from .mlflow_store import MlflowStore, without_secrets
 
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-006
 def mlflow_name(
@@ -205,7 +205,7 @@ def send_files(
 class MlflowRun:
     "A run of a store, and the epochs that it has. Methods raise whatever MLflow raises."
 
-    store: Store
+    store: MlflowStore
     run_id: str
     parent_id: str | None = None  # the run of the sweep that it belongs to
     held: dict[int, float | None] = field(default_factory=dict)  # epoch -> val_loss, as MLflow has it
@@ -213,7 +213,7 @@ class MlflowRun:
     @classmethod
     def found(
         cls,
-        store: Store,  # where it was found
+        store: MlflowStore,  # where it was found
         earlier: Any,  # from `find_mlflow_run`
     ) -> "MlflowRun":
         "A run that is there already, with the epochs that it has."
@@ -253,7 +253,7 @@ class LinkedRun:
 
     run: RunDirectory
     config: MlflowConfig
-    store: Store
+    store: MlflowStore
     there: MlflowRun | None = None  # until it is open
 
     def open(self) -> None:
@@ -299,7 +299,7 @@ def _note(run: RunDirectory, there: MlflowRun) -> None:
     update_metadata(run, mlflow={"tracking_uri": without_secrets(there.store.uri), **ids})
 
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-042
-class RunCopy(LinkedRun):
+class MlflowMirror(LinkedRun):
     "Keeps the MLflow run of a run directory up to date, epoch by epoch, to its end."
 
     def send_epochs(

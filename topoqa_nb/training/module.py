@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VALIDATION_BATCH', 'rng_state', 'set_rng_state', 'window_scale', 'make_scheduler', 'MeanLoss', 'SplitScores',
-           'refuse_non_finite', 'BatchMover', 'ResumableModule', 'TopoQAModule', 'predict', 'predict_split']
+           'check_loss', 'BatchMover', 'ResumableModule', 'TopoQAModule', 'predict', 'predict_split']
 
 # %% ../../nbs/4_training/41_module.ipynb #41-003
 import math
@@ -124,7 +124,7 @@ class SplitScores:
         return regression_metrics(prediction.numpy(), dockq.numpy(), targets)
 
 # %% ../../nbs/4_training/41_module.ipynb #41-023
-def refuse_non_finite(
+def check_loss(
     loss: float,  # of a batch or of the validation
     where: str,  # epoch and batch
 ) -> None:
@@ -136,7 +136,7 @@ def refuse_non_finite(
 
 def _epoch_row(module: "TopoQAModule", metrics: dict[str, float]) -> dict[str, float | None]:
     "The row of metrics.csv of the epoch that was just validated."
-    refuse_non_finite(metrics["val_loss"], f"epoch {module.current_epoch}, validation")
+    check_loss(metrics["val_loss"], f"epoch {module.current_epoch}, validation")
     rule = SelectionRule.from_config(module.config.selection)
     return {
         "epoch": module.current_epoch,
@@ -236,7 +236,7 @@ class TopoQAModule(ResumableModule):
     def training_step(self, batch, batch_index: int) -> torch.Tensor:
         loss = F.mse_loss(self.model(batch).to(batch.y.dtype), batch.y)
         value, batches = loss.item(), int(self.trainer.num_training_batches)
-        refuse_non_finite(value, f"epoch {self.current_epoch}, batch {batch_index}")
+        check_loss(value, f"epoch {self.current_epoch}, batch {batch_index}")
         self.losses.add(value, batch.num_graphs)
         return loss * window_scale(batch_index, batches, self.trainer.accumulate_grad_batches)
 

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Callback
 from ..ground.console import log
 from ..ground.settings import MlflowConfig
 from ..runs.record import RunDirectory
-from .mlflow_run import PARENT_VARIABLE, RunCopy, mlflow_name, mlflow_text
+from .mlflow_run import PARENT_VARIABLE, MlflowMirror, mlflow_name, mlflow_text
 from .mlflow_store import Gate, old_store_note, open_mlflow_store, without_secrets
 
 # %% ../../nbs/4_training/43b_tracking.ipynb #43b-008
@@ -40,7 +40,7 @@ class MlflowTracker(Callback):
         config: MlflowConfig,  # the section `mlflow`
     ):
         self.run, self.config = run, config
-        self.copy: RunCopy | None = None
+        self.copy: MlflowMirror | None = None
         self.gate = Gate(config.tracking_uri, f"The training goes on, and everything is in {run.path}")
 
     def start(self) -> None:
@@ -57,7 +57,7 @@ class MlflowTracker(Callback):
         self._do(lambda: self.copy.close(status), at_once=True)
 
     def _open(self) -> None:
-        copy = RunCopy(self.run, self.config, open_mlflow_store(self.config))
+        copy = MlflowMirror(self.run, self.config, open_mlflow_store(self.config))
         copy.open()
         self.copy = copy
 

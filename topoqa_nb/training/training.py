@@ -163,7 +163,7 @@ def read_parent(
     checkpoint = Path(checkpoint).resolve()
     model, schema = load_model(checkpoint)
     if schema is not None:
-        _refuse_other_schema(checkpoint, schema, data.schema)
+        _check_schema(checkpoint, schema, data.schema)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
     scores = predict(child, data.val)
     if not np.isfinite(scores).all():
@@ -175,7 +175,7 @@ def read_parent(
     return Parent(checkpoint, sha256_file(checkpoint), child, score)
 
 
-def _refuse_other_schema(checkpoint: Path, trained_on: FeatureSchema, found: FeatureSchema) -> None:
+def _check_schema(checkpoint: Path, trained_on: FeatureSchema, found: FeatureSchema) -> None:
     "Raise `SchemaError` with every field in which the graphs differ from what a checkpoint was trained on."
     differences = schema_differences(trained_on, found)
     if differences:
@@ -372,7 +372,7 @@ def train(
     output_root: str | Path | None = None,  # instead of paths.save_dir
     notes: str | None = None,  # kept in notes.txt
     trial_label: str | None = None,  # kept in the metadata
-    resume_from: str | Path | None = None,  # a checkpoint to fine-tune
+    parent: str | Path | None = None,  # a checkpoint to fine-tune
     command: list[str] | None = None,  # recorded; default: this process's
 ) -> RunDirectory:  # the directory of the completed run
     "Train one model. Raises errors of the `TopoqaError` family, and `Interrupted`."
@@ -387,7 +387,7 @@ def train(
     with torch_threads(threads):
         data = open_data(config)
         check_batch_limits(config, data)
-        parent = read_parent(resume_from, data, config) if resume_from else None
+        start = read_parent(parent, data, config) if parent else None
         check_trainer(config)
         run = create_run(
             config.paths.save_dir,
@@ -397,10 +397,10 @@ def train(
             notes=notes,
             trial_label=trial_label,
             command=command,
-            sections=known_before(config, data, parent, threads),
+            sections=known_before(config, data, start, threads),
         )
         with held(run.path), recorded(run):
-            describe_start(run, config, data, parent, [*loaded.notes, *data_notes])
-            fit(run, config, data, parent)
+            describe_start(run, config, data, start, [*loaded.notes, *data_notes])
+            fit(run, config, data, start)
             conclude(run)
     return run
