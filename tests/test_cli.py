@@ -22,7 +22,22 @@ from topoqa_nb.pipeline_commands import parameter_value
 from topoqa_nb.runs.record import read_metadata
 from topoqa_nb.runs.runs import find_run, read_metrics
 
-COMMANDS = ["run", "batch", "summarise", "leaderboard", "pipeline", "fine-tune", "demo-data", "config"]
+COMMANDS = [
+    "run",
+    "resume",
+    "batch",
+    "pipeline",
+    "fine-tune",
+    "ramdisk",
+    "summarise",
+    "leaderboard",
+    "monitor",
+    "archive",
+    "validate",
+    "env",
+    "config",
+    "demo-data",
+]
 
 
 def on_tiny_data(demo: DemoPaths) -> list[str]:

@@ -148,7 +148,7 @@ def _run_to_tune(root: Path, checkpoint: Path | None, run_dir: Path | None) -> R
     if run_dir:
         return find_run(root, run_dir)
     if checkpoint:
-        run = RunDirectory(checkpoint.resolve().parent.parent)
+        run = RunDirectory.of_checkpoint(checkpoint.resolve())
         return run if run.metadata_file.is_file() or is_original(run.path) else None
     ranked = [row for row in leaderboard(root) if row["status"] == "completed" and row["score"] is not None]
     if not ranked:

@@ -26,6 +26,7 @@ from ..ground.files import find_file
 from ..ground.settings import Config
 from .parameters import PATH_PARAMETERS, PipelineParameters
 from ..runs.original import is_original
+from ..runs.record import RunDirectory
 from ..sweep.manifest import Job, load_manifest, plan_jobs
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-021
@@ -129,8 +130,8 @@ def name_for_checkpoint(
     checkpoint: Path,  # inside a run, or anywhere
 ) -> str:
     "The run that holds a checkpoint, else the file's stem."
-    run = checkpoint.parent.parent
-    return run.name if (run / "run_metadata.json").is_file() or is_original(run) else checkpoint.stem
+    run = RunDirectory.of_checkpoint(checkpoint)
+    return run.name if run.metadata_file.is_file() or is_original(run.path) else checkpoint.stem
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-044
 def _check_settled(pipeline: Pipeline) -> None:

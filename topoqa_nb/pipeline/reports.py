@@ -20,6 +20,7 @@ from ..data.batches import Split
 from ..data.schema import FeatureSchema
 from ..network.metrics import regression_metrics
 from .figures import score_name
+from ..runs.record import RunDirectory
 
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-005
 def show(
@@ -166,7 +167,7 @@ def _change(run: Mapping) -> float:
 
 def _run_of(checkpoint: str) -> str:
     "The run that a checkpoint lies in."
-    return Path(checkpoint).parent.parent.name or Path(checkpoint).name
+    return RunDirectory.of_checkpoint(checkpoint).name or Path(checkpoint).name
 
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-028
 METRIC_NAMES = {

@@ -228,7 +228,7 @@ def parent_shapes(
     checkpoint: Path,  # of the parent
 ) -> dict[str, object]:  # dotted key -> value
     "The model settings that a parent's weights need; none when the checkpoint does not lie in a run."
-    run = RunDirectory(checkpoint.parent.parent)
+    run = RunDirectory.of_checkpoint(checkpoint)
     if not run.config_file.is_file():
         return {}
     model = load_config(run.config_file).config.model

@@ -60,8 +60,14 @@ class RunDirectory:
     log_file = _Place("logs", "training.log")
     console_file = _Place("logs", "training_console.log")
     checkpoints = _Place("model_checkpoints")
+    last_checkpoint = _Place("model_checkpoints", "last.chkpt")  # of the last complete epoch
     artifacts = _Place("artifacts")
     notes_file = _Place("notes.txt")
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path) -> "RunDirectory":  # need not be one
+        "The directory that would be the run of a checkpoint, two above the file."
+        return cls(Path(checkpoint).parent.parent)
 
     @property
     def name(self) -> str:

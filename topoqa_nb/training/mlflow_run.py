@@ -104,7 +104,7 @@ def parent_tags(
     checkpoint = lineage.get("parent_checkpoint")
     if not checkpoint:
         return {}
-    parent = RunDirectory(Path(checkpoint).parent.parent)
+    parent = RunDirectory.of_checkpoint(checkpoint)
     metadata = {}
     with suppress(RunError):  # the checkpoint need not lie in a run
         metadata = read_metadata(parent)

@@ -80,7 +80,7 @@ def find_start(
     if checkpoint == "best" and (began or (run.checkpoints / "best.ckpt").is_symlink()):
         source = best_checkpoint(run.checkpoints).resolve()
     else:
-        path = run.checkpoints / "last.chkpt" if checkpoint in ("best", "last") else Path(checkpoint)
+        path = run.last_checkpoint if checkpoint in ("best", "last") else Path(checkpoint)
         if not path.is_file() and not began and checkpoint in ("best", "last"):
             return Start(None, {}, -1)
         source = _existing(path)
@@ -147,7 +147,7 @@ def settle_checkpoints(
     folder, primary = run.checkpoints, read_metadata(run)["selection"]["primary_metric"]
     there = [each for each in saved_ranking(start.content) if (folder / each.filename).is_file()]
     ranked, other_best = kept(there, primary)
-    last = folder / "last.chkpt"
+    last = run.last_checkpoint
     if start.source and _file_epoch(last) != start.epoch:
         copy_checkpoint(start.source, last)
     update_links(folder, ranked, other_best, primary)

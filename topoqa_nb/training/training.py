@@ -247,7 +247,7 @@ def where_it_stands(
     run: RunDirectory,  # an interrupted one
 ) -> str:
     "What an interrupted run has, and the command that continues it."
-    last = run.checkpoints / "last.chkpt"
+    last = run.last_checkpoint
     state = f"The last complete epoch is in {last}." if last.is_file() else "No epoch was complete."
     return f"{state} Continue with: topoqa resume --run-dir {shlex.quote(str(run.path))} --checkpoint last"
 
