@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,16 @@ from topoqa_nb.data.tiny import DemoPaths
 CACHE_OF_PYTORCH = "torchinductor_"  # one folder for a user, always of the same name
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    "A working folder with a short path: loader processes have sockets in its `tmp`."
+    with tempfile.TemporaryDirectory(prefix="topoqa_") as name:
+        yield Path(name)
+
+
 def start(folder: Path, *arguments: object) -> subprocess.Popen:
     "A command with a folder of its own for temporary files."
-    (folder / "tmp").mkdir()
+    (folder / "tmp").mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"TMPDIR": str(folder / "tmp")}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a compiled module is a leftover, too
     return subprocess.Popen(
@@ -37,38 +46,50 @@ def left_in(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_that_ends_leaves_nothing(tmp_path: Path, demo: DemoPaths, workers: int):
-    process = training(tmp_path, demo, 2, workers)
+def test_a_run_that_ends_leaves_nothing(folder: Path, demo: DemoPaths, workers: int):
+    process = training(folder, demo, 2, workers)
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    assert left_in(tmp_path) == []
+    assert left_in(folder) == []
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.13, 0.29])
-def test_a_run_that_is_stopped_leaves_nothing(tmp_path: Path, demo: DemoPaths, seconds: float):
-    process = training(tmp_path, demo, 100_000, workers=2)
+def test_a_run_that_is_stopped_leaves_nothing(folder: Path, demo: DemoPaths, seconds: float):
+    process = training(folder, demo, 100_000, workers=2)
     assert any("Epoch 000 | train" in line for line in process.stdout)
     time.sleep(seconds)  # somewhere in an epoch
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
-    assert left_in(tmp_path) == []
+    assert left_in(folder) == []
 
 
-def test_validate_leaves_nothing(tmp_path: Path, demo: DemoPaths):
-    process = start(tmp_path, "validate", "--graph-dir", demo.graph_dir, "--labels", demo.train_labels)
+def test_validate_leaves_nothing(folder: Path, demo: DemoPaths):
+    process = start(folder, "validate", "--graph-dir", demo.graph_dir, "--labels", demo.train_labels)
     said, _ = process.communicate()
     assert process.returncode == 0, said
-    assert left_in(tmp_path) == []
+    assert left_in(folder) == []
 
 
 @pytest.mark.parametrize("line", ["sweep: running", " | started: "])
-def test_a_pipeline_that_is_stopped_leaves_nothing(tmp_path: Path, demo: DemoPaths, line: str):
+def test_a_pipeline_that_is_stopped_leaves_nothing(folder: Path, demo: DemoPaths, line: str):
     "Its kernels have connection files, which belong to the process that was to remove them."
-    options = ["--fast-dev-run", "--graph-dir", demo.graph_dir, "--run-root", tmp_path / "runs"]
-    process = start(tmp_path, "pipeline", *options)
+    options = ["--fast-dev-run", "--graph-dir", demo.graph_dir, "--run-root", folder / "runs"]
+    process = start(folder, "pipeline", *options)
     assert any(line in said for said in process.stdout)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    assert left_in(tmp_path) == []
+    assert left_in(folder) == []
+
+
+def test_a_folder_whose_sockets_loader_processes_could_not_use_is_refused(folder: Path, demo: DemoPaths):
+    "PyTorch's loader would wait for ever."
+    deep = folder / ("a" * 100)
+    process = training(deep, demo, 2, workers=2)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert said.startswith("topoqa: error: TMPDIR: expected a folder for the sockets of loader processes")
+    assert len(said.splitlines()) == 1
+    assert not (deep / "training_runs").exists()
+    assert left_in(deep) == []

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Coverage', 'Split', 'load_split', 'coverage_report', 'check_coverage', 'data_fingerprint', 'epoch_order',
-           'EpochBatches', 'make_loader']
+           'EpochBatches', 'prepare_workers', 'make_loader']
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-004
 import math
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import get_temp_dir
@@ -21,7 +23,7 @@ from torch_geometric.data import Batch
 
 from .labels import match_labels, read_labels, target_of
 from .store import GraphStore
-from ..ground.core import DataError, sha256_json
+from ..ground.core import ConfigError, DataError, sha256_json
 from ..ground.settings import CoverageConfig
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-008
@@ -195,6 +197,20 @@ class EpochBatches(Sampler):
         order = epoch_order(self.count, self.seed, self.epoch) if self.shuffle else torch.arange(self.count)
         return (batch.tolist() for batch in order.split(self.batch_size))
 
+# %% ../../nbs/1_data/17_batches.ipynb #17-301
+_SOCKET_PATH = {"darwin": 103}.get(sys.platform, 107)  # bytes that the path of a socket may have
+_SOCKET_NAME = len("/listener-abcdefgh")
+
+
+def prepare_workers() -> None:
+    "Make the folder for the sockets of loader processes. Raises `ConfigError` when its path is too long for them."
+    folder = get_temp_dir()  # it goes with this process, while one of a killed worker would stay
+    length = len(os.fsencode(folder)) + _SOCKET_NAME
+    if length > _SOCKET_PATH:
+        found = f"{folder}, {length - _SOCKET_PATH} bytes too long"
+        fix = "set TMPDIR to a shorter path, or dataloader.num_workers to 0"
+        raise ConfigError("TMPDIR", "a folder for the sockets of loader processes", found, fix)
+
 # %% ../../nbs/1_data/17_batches.ipynb #17-031
 class _Batches(Dataset):
     "Turns a list of positions into a batch."
@@ -219,7 +235,7 @@ def make_loader(
 ) -> DataLoader:  # of PyG batches with y [B] and position [B]
     "Batches of a split in an order that depends on seed and epoch alone."
     if num_workers:
-        get_temp_dir()  # for their sockets; it goes with this process, while one of a killed worker would stay
+        prepare_workers()
     return DataLoader(
         _Batches(split),
         batch_size=None,

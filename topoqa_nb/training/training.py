@@ -26,7 +26,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from ..data.batches import make_loader
+from ..data.batches import make_loader, prepare_workers
 from ..data.dataset import RunData, locate_data, open_data
 from ..data.schema import FeatureSchema, schema_differences
 from ..ground.config import LoadedConfig
@@ -109,7 +109,9 @@ def _wants_bar(config: Config) -> bool:
 def check_trainer(
     config: Config,  # of the run
 ) -> None:
-    "Raise `ConfigError` for what Lightning refuses."
+    "Raise `ConfigError` for what Lightning, or the system's loader processes, would refuse."
+    if config.dataloader.num_workers:
+        prepare_workers()
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
