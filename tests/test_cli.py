@@ -52,11 +52,6 @@ def on_tiny_data(demo: DemoPaths) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoPaths:
-    return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
-
-
-@pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, demo: DemoPaths) -> Path:
     "A run root with a short run, its fine-tune, and one whose loss is not finite."
     root = tmp_path_factory.mktemp("cli") / "runs"
