@@ -13,7 +13,7 @@ from topoqa_nb.ground.core import RunError
 from topoqa_nb.ground.machine import this_process
 from topoqa_nb.runs.leaderboard import by_config, leaderboard
 from topoqa_nb.runs.progress import progress
-from topoqa_nb.runs.record import read_metadata, update_metadata
+from topoqa_nb.runs.record import read_metadata, read_record, update_metadata
 from topoqa_nb.runs.runs import append_metrics, archive, create_run, find_run, read_metrics
 from topoqa_nb.training.devices import environment
 
@@ -104,7 +104,7 @@ def test_damaged_metrics_of_a_finished_run_are_named_though_its_progress_is_know
     row = leaderboard(root)[0]
     assert (row["run_name"], row["status"]) == ("done", "unreadable")
     assert "metrics.csv" in row["reason"]
-    assert progress(run, read_metadata(run)) == {"epochs_done": 2, "epochs": 10}
+    assert progress(run, read_record(run)) == {"epochs_done": 2, "epochs": 10}
 
 
 def test_the_process_survives_the_environment(root):

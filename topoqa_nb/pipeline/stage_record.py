@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_file', 'read_stage', 'is_completed', 'error_record', 'restored_error', 'recorded_stage', 'relative_path',
-           'parent_score', 'trained_score', 'run_record', 'stage_runs', 'best_run']
+           'trained_score', 'run_record', 'stage_runs', 'best_run']
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-002
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..ground import core
 from ..ground.core import RunError, TopoqaError, TrainingError, now, read_json, write_json
-from ..runs.record import RunDirectory, read_metadata
+from ..runs.record import RunDirectory, read_record
 from ..runs.runs import read_metrics
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-005
@@ -93,14 +93,6 @@ def relative_path(
     "A path as it is kept in records."
     return os.path.relpath(path, root) if path else None
 
-# %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-020
-def parent_score(
-    lineage: Mapping,  # section of a run's metadata
-    primary_metric: str,  # metric the run ranks by
-) -> float | None:
-    "The score that a fine-tune had to beat."
-    return (lineage.get("parent_score") or {}).get(primary_metric)
-
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-023
 def trained_score(
     run: RunDirectory,  # may have no epoch yet
@@ -117,27 +109,26 @@ def run_record(
     run_root: Path,  # what paths are relative to
 ) -> dict[str, object]:
     "The facts of a run that the pipeline decides on and reports."
-    metadata = read_metadata(run)
-    selection, lineage = metadata["selection"], metadata.get("lineage", {})
-    best = metadata.get("checkpoints", {}).get("best")
+    record = read_record(run)
+    selection, lineage, best = record.selection, record.lineage, record.checkpoints.best
     return {
         "stage": stage,
         "run_name": run.name,
         "run_dir": relative_path(run.path, run_root),
-        "status": metadata["status"],
-        "primary_metric": selection.get("primary_metric"),
-        "score": selection.get("best_score"),
-        "best_epoch": selection.get("best_epoch"),
-        "val_loss": selection.get("best_val_loss"),
-        "val_spearman": selection.get("best_val_spearman"),
-        "epochs": (metadata.get("progress") or {}).get("epoch"),
-        "seconds": (metadata.get("runtime") or {}).get("seconds"),
+        "status": record.status,
+        "primary_metric": selection.ranked_by,
+        "score": selection.best_score,
+        "best_epoch": selection.best_epoch,
+        "val_loss": selection.best_val_loss,
+        "val_spearman": selection.best_val_spearman,
+        "epochs": record.progress.epoch,
+        "seconds": record.runtime.seconds,
         "checkpoint": relative_path(run.checkpoints / best, run_root) if best else None,
-        "parent_checkpoint": relative_path(lineage.get("parent_checkpoint"), run_root),
-        "parent_score": parent_score(lineage, selection.get("primary_metric")),
-        "improved_on_parent": lineage.get("improved_on_parent"),
-        "trained_score": trained_score(run, selection.get("primary_metric")),
-        "reason": metadata.get("reason"),
+        "parent_checkpoint": relative_path(lineage.parent_checkpoint, run_root),
+        "parent_score": record.score_to_beat,
+        "improved_on_parent": lineage.improved_on_parent,
+        "trained_score": trained_score(run, selection.ranked_by),
+        "reason": record.reason,
     }
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-028

@@ -39,7 +39,7 @@ from topoqa_nb.pipeline.stage_record import (
     stage_file,
     stage_runs,
 )
-from ..runs.record import RunDirectory, read_metadata
+from ..runs.record import RunDirectory, read_record
 from ..runs.runs import list_runs
 from ..sweep.jobs import SweepResult
 from ..sweep.manifest import Job, load_manifest
@@ -81,7 +81,7 @@ def _unchanged(job: Job) -> bool:
 
 
 def _completed(job: Job) -> bool:
-    return job.run.metadata_file.exists() and read_metadata(job.run)["status"] == "completed"
+    return job.run.metadata_file.exists() and read_record(job.run).status == "completed"
 
 
 def _jobs_of(record: Mapping | None) -> list[dict]:
@@ -160,15 +160,10 @@ def earlier_runs(
     "The completed runs of the run root that can be compared on these data."
     config = fine_tune_config(pipeline)
     fingerprints = open_data(config).fingerprints
-    runs = [run for run in list_runs(pipeline.run_root) if _data_of(run) in fingerprints]
+    runs = [run for run in list_runs(pipeline.run_root) if read_record(run).data.fingerprint in fingerprints]
     records = [run_record("sweep", run, pipeline.run_root) for run in runs]
     metric = config.selection.primary_metric
     return [run for run in records if run["status"] == "completed" and run["primary_metric"] == metric]
-
-
-def _data_of(run: RunDirectory) -> str | None:
-    "Fingerprint of the data that a run was trained on; None if it never opened them."
-    return (read_metadata(run).get("data") or {}).get("fingerprint")
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-024
 def sweep_stage(

@@ -31,7 +31,7 @@ from ..pipeline.stage_record import best_run, error_record, restored_error, stag
 from ..pipeline.stages import earlier_runs, starting_point
 from .staging import RamdiskSettings, Source, check_room, copy_verified
 from .volume import MARK, SHM, check_shm, own_mark, ram_volume, stop_processes, volume_kind
-from ..runs.record import RunDirectory, read_metadata
+from ..runs.record import RunDirectory, read_record
 
 # %% ../../nbs/8_ramdisk/82_modes.ipynb #82-005
 OWN_KEYS = {  # parameter or override -> what to use instead
@@ -112,8 +112,7 @@ def time_pipeline(
     seconds, summary = _timed(lambda: run_pipeline(parameters.model_dump(mode="json")))
     runs = stage_runs(*summary["stages"].values())
     times = [
-        read_metadata(RunDirectory(parameters.run_root / run["run_dir"]))["runtime"]["epoch_seconds"]
-        for run in runs
+        read_record(RunDirectory(parameters.run_root / run["run_dir"])).runtime.epoch_seconds for run in runs
     ]
     return {
         "status": "completed",

@@ -127,7 +127,7 @@ def settings_fingerprint(
     for section, key in (("dataloader", "seed"), ("paths", "save_dir")):
         stated = settings.get(section) or {}
         settings[section] = {name: value for name, value in stated.items() if name != key}
-    return sha256_json([settings, record.data.get("fingerprint"), record.lineage.parent_sha256])[:12]
+    return sha256_json([settings, record.data.fingerprint, record.lineage.parent_sha256])[:12]
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-023
 def leaderboard_row(

@@ -39,7 +39,7 @@ def outlook(
 ) -> dict[str, object]:  # epochs and seconds left: at most, and if nothing improves; None where unknown
     "What is left of a run."
     primary, stopping = record.selection.ranked_by, record.training_parameters.early_stopping
-    start = record.lineage.parent_score.get(primary)
+    start = record.score_to_beat
     idle = idle_epochs(metrics[primary], stopping.min_delta, math.inf if start is None else start)
     done, epochs = int(metrics.epoch.iloc[-1]) + 1 if len(metrics) else 0, record.progress.epochs
     left = None if epochs is None else max(0, epochs - done)
@@ -63,10 +63,9 @@ def _product(count: int | None, seconds: float | None) -> float | None:
 # %% ../../nbs/3_runs/34_progress.ipynb #34-015
 def progress(
     run: RunDirectory,
-    record: RunRecord | Mapping[str, object],  # from `read_record` or `read_metadata`
+    record: RunRecord,  # of this run
 ) -> dict[str, object]:
     "Epochs done and asked for; the outlook as well while the run is going."
-    record = record if isinstance(record, RunRecord) else RunRecord.model_validate(record)
     if record.is_going:
         return outlook(record, read_metrics(run))
     last = record.progress.epoch

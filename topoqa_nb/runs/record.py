@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEST', 'ENDED', 'RunDirectory', 'initial_metadata', 'Selection', 'Checkpoints', 'Lineage', 'Runtime', 'Progress',
-           'Stopping', 'Loader', 'Parameters', 'RunRecord', 'record_of', 'read_record', 'read_metadata', 'merged',
-           'update_metadata', 'check_not_original']
+           'Data', 'Tracked', 'Stopping', 'Loader', 'Parameters', 'RunRecord', 'record_of', 'read_record',
+           'read_metadata', 'merged', 'update_metadata', 'check_not_original']
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-003
 import secrets
@@ -75,6 +75,7 @@ class RunDirectory:
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-011
 BEST = ("best_score", "best_epoch", "best_val_loss", "best_val_spearman")  # of the section `selection`
+ENDED = ("completed", "interrupted", "failed")  # statuses of a run that has ended
 
 
 def initial_metadata(
@@ -170,6 +171,9 @@ class Lineage(_Part):
     parent_checkpoint: _Text = None
     parent_sha256: _Text = None
     parent_score: _Section[dict[str, _Number]] = {}
+    improved_on_parent: Annotated[bool, Field(strict=True)] | None = (
+        None  # None: not a fine-tune that has ended
+    )
 
 
 class Runtime(_Part):
@@ -184,6 +188,19 @@ class Progress(_Part):
 
     epoch: _Number = None
     epochs: _Number = None
+
+
+class Data(_Part):
+    "What was trained on."
+
+    fingerprint: _Text = None  # sha256 of labels and graphs; None: they were never opened
+
+
+class Tracked(_Part):
+    "The MLflow run that is the copy of a run."
+
+    run_id: _Text = None
+    parent_run_id: _Text = None  # of the sweep that the run belongs to
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-022
 class Stopping(_Part):
@@ -232,12 +249,10 @@ class _Kept(_Part):
         return self._written
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-028
-ENDED = ("completed", "interrupted", "failed")  # what a run says that has ended
-
-
 class RunRecord(_Kept):
     "What is known of a run."
 
+    identity: _Text = None  # its checkpoints carry it too
     status: _Text = None  # running, or one of `ENDED`; unknown for some runs of the original stack
     reason: _Text = None
     created: _Text = None
@@ -245,18 +260,24 @@ class RunRecord(_Kept):
     source_config: _Text = None
     trial_label: _Text = None
     environment: _Section[dict[str, object]] = {}
-    data: _Section[dict[str, object]] = {}
+    data: _Section[Data] = Data()
     training_parameters: _Section[Parameters] = Parameters()
     selection: _Section[Selection] = Selection()
     checkpoints: _Section[Checkpoints] = Checkpoints()
     lineage: _Section[Lineage] = Lineage()
     runtime: _Section[Runtime] = Runtime()
     progress: _Section[Progress] = Progress()
+    mlflow: _Section[Tracked] = Tracked()
 
     @property
     def settings(self) -> Mapping[str, object]:
         "The resolved configuration as it is written, by section."
         return self.written.get("training_parameters") or {}
+
+    @property
+    def score_to_beat(self) -> float | None:
+        "What the parent of a fine-tune has in the metric that ranks; None without a parent."
+        return self.lineage.parent_score.get(self.selection.ranked_by)
 
     @property
     def process(self) -> Literal["alive", "gone", "unknown"] | None:

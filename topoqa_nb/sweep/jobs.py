@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Command', 'POLL_SECONDS', 'HURRY_SECONDS', 'JobResult', 'SweepResult', 'results_table', 'sweep_length', 'job_slots',
-           'child_environment', 'share_text', 'Child', 'start_child', 'stop_children', 'run_metadata', 'result_of',
+           'child_environment', 'share_text', 'Child', 'start_child', 'stop_children', 'known_record', 'result_of',
            'ended_result']
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-002
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ..ground.core import RunError, now, plain
 from ..ground.machine import PARALLEL_VARIABLE, available_cores, thread_count, thread_limits
-from ..runs.record import ENDED, RunDirectory, read_metadata, update_metadata
+from ..runs.record import ENDED, RunDirectory, RunRecord, read_record, update_metadata
 from .manifest import Job, training_command
 from .processes import Forked, ForkServer
 
@@ -212,14 +212,14 @@ def stop_children(
     return told
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-113
-def run_metadata(
+def known_record(
     run: RunDirectory,
-) -> dict[str, object]:
-    "The metadata of a run; nothing when it never began. Damaged ones are a failure of this run, not of the sweep."
+) -> RunRecord:  # an empty one when the run never began
+    "What is known of a run. Damaged metadata are a failure of this run, not of the sweep."
     try:
-        return read_metadata(run) if run.metadata_file.exists() else {}
+        return read_record(run) if run.metadata_file.exists() else RunRecord()
     except RunError as problem:
-        return {"status": "failed", "reason": str(problem)}
+        return RunRecord(status="failed", reason=str(problem))
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-018
 def result_of(
@@ -229,29 +229,29 @@ def result_of(
     seconds: float | None = None,  # wall time of its process
     **missing: str,  # status, reason, time to use, and to record, when the run itself does not say how it ended
 ) -> JobResult:
-    "What a run's metadata says about a job."
-    metadata = run_metadata(run)
-    if metadata.get("status") not in ENDED:
-        metadata = _set_right(run, metadata, missing) if metadata else missing
-    selection, checkpoints = metadata.get("selection") or {}, metadata.get("checkpoints") or {}
-    best = checkpoints.get("best")
+    "What the record of a run says about a job."
+    record = known_record(run)
+    if record.status not in ENDED:
+        record = _set_right(run, record, missing)
+    best = record.checkpoints.best
     return JobResult(
         name=name,
         run_dir=run.path,
-        status=metadata["status"],
-        best_score=selection.get("best_score"),
-        best_epoch=selection.get("best_epoch"),
+        status=record.status,
+        best_score=record.selection.best_score,
+        best_epoch=record.selection.best_epoch,
         checkpoint=run.checkpoints / best if best else None,
         seconds=None if seconds is None else round(seconds, 2),
-        reason=metadata.get("reason"),
+        reason=record.reason,
     )
 
 
-def _set_right(run: RunDirectory, metadata: Mapping, missing: Mapping[str, str]) -> Mapping[str, object]:
+def _set_right(run: RunDirectory, record: RunRecord, missing: Mapping[str, str]) -> RunRecord:
     "Enter how a run ended; a full disk does not take it, and the table of the sweep says it all the same."
     with suppress(OSError):
-        return update_metadata(run, **missing)
-    return {**metadata, **missing}
+        if record.written:
+            update_metadata(run, **missing)
+    return record.model_copy(update=missing)
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-019
 def ended_result(

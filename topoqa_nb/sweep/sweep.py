@@ -22,10 +22,9 @@ from ..data.batches import data_fingerprint, load_split
 from ..data.dataset import locate_data
 from ..data.store import open_store
 from ..ground.core import ConfigError, TopoqaError, sha256_file
-from ..ground.machine import process_state
 from ..ground.settings import MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
-from ..runs.record import RunDirectory
+from ..runs.record import RunDirectory, RunRecord
 from ..runs.runs import check_run_name, list_runs
 from topoqa_nb.sweep.jobs import (
     POLL_SECONDS,
@@ -35,8 +34,8 @@ from topoqa_nb.sweep.jobs import (
     SweepResult,
     ended_result,
     job_slots,
+    known_record,
     result_of,
-    run_metadata,
     share_text,
     start_child,
     stop_children,
@@ -49,17 +48,15 @@ from ..training.tracking import open_sweep_run
 def earlier_runs(
     job: Job,
     status: str,  # such as completed
-) -> Iterator[tuple[RunDirectory, dict[str, object]]]:  # with the metadata; the latest first
+) -> Iterator[tuple[RunDirectory, RunRecord]]:  # the latest first
     "Runs that are this job: its name, the same resolved configuration, the same parent."
     config, _ = locate_data(job.loaded.config)
     parent = sha256_file(job.resume_from) if job.resume_from else None
     for run in reversed([run for run in list_runs(config.paths.save_dir) if _is_named_after(run, job)]):
-        metadata = run_metadata(run)
-        recorded = metadata.get("training_parameters") or {}
-        same_settings = _settings(recorded) == _settings(config.model_dump(mode="json"))
-        same_parent = (metadata.get("lineage") or {}).get("parent_sha256") == parent
-        if metadata.get("status") == status and same_settings and same_parent:
-            yield run, metadata
+        record = known_record(run)
+        same_settings = _settings(record.settings) == _settings(config.model_dump(mode="json"))
+        if record.status == status and same_settings and record.lineage.parent_sha256 == parent:
+            yield run, record
 
 
 def _is_named_after(run: RunDirectory, job: Job) -> bool:
@@ -99,14 +96,14 @@ def completed_before(
 def _completed_run(job: Job, fingerprints: Callable[[PathsConfig], tuple[str, ...]]) -> RunDirectory | None:
     "The latest completed run that is this job."
     found = earlier_runs(job, "completed")
-    return next((run for run, metadata in found if _has_data(metadata, job, fingerprints)), None)
+    return next((run for run, record in found if _has_data(record, job, fingerprints)), None)
 
 
-def _has_data(metadata: Mapping, job: Job, fingerprints: Callable[[PathsConfig], tuple[str, ...]]) -> bool:
+def _has_data(record: RunRecord, job: Job, fingerprints: Callable[[PathsConfig], tuple[str, ...]]) -> bool:
     "Was the run trained on these data, as they are now?"
     try:
         paths = locate_data(job.loaded.config)[0].paths
-        return (metadata.get("data") or {}).get("fingerprint") in fingerprints(paths)
+        return record.data.fingerprint in fingerprints(paths)
     except TopoqaError:  # data that cannot be read now are reported as for a job that never ran
         return False
 
@@ -127,9 +124,9 @@ def in_training(
 
 def _living_run(job: Job) -> str | None:
     "Which run and which process."
-    for run, metadata in earlier_runs(job, "running"):
-        if process_state(metadata) == "alive":
-            return f"{run.name} trains the same, process {metadata['environment']['process']['pid']}"
+    for run, record in earlier_runs(job, "running"):
+        if record.process == "alive":
+            return f"{run.name} trains the same, process {record.environment['process']['pid']}"
     return None
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-016

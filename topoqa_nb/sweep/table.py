@@ -23,7 +23,7 @@ from rich.text import Text
 
 from ..ground.core import TopoqaError
 from ..runs.progress import progress
-from ..runs.record import RunDirectory, read_metadata
+from ..runs.record import RunDirectory, read_record
 from ..runs.runs import read_metrics
 from .manifest import Job
 from .sweep import UNWATCHED, Supervisor, Watch
@@ -34,8 +34,8 @@ def run_figures(
 ) -> dict[str, object]:  # epochs, val_loss, val_spearman, best, seconds_left; empty before the run has begun
     "What the files of a run say about it now."
     try:
-        metadata, metrics = read_metadata(run), read_metrics(run)
-        far = progress(run, metadata)
+        record, metrics = read_record(run), read_metrics(run)
+        far = progress(run, record)
     except TopoqaError:
         return {}
     last = metrics.iloc[-1] if len(metrics) else {}
@@ -43,7 +43,7 @@ def run_figures(
         "epochs": f"{far['epochs_done']}/{far['epochs'] or '?'}",
         "val_loss": last.get("val_loss"),
         "val_spearman": last.get("val_spearman_corr"),
-        "best": (metadata.get("selection") or {}).get("best_score"),
+        "best": record.selection.best_score,
         "seconds_left": far.get("seconds_left"),  # at most
     }
 

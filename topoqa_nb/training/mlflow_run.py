@@ -24,7 +24,7 @@ import pandas as pd
 
 from ..ground.core import RunError, plain
 from ..ground.settings import MlflowConfig
-from ..runs.record import RunDirectory, read_metadata, update_metadata
+from ..runs.record import Lineage, RunDirectory, RunRecord, read_record, update_metadata
 from ..runs.runs import read_metrics
 from ..runs.selection import RANK_LINKS
 from .mlflow_store import MlflowStore, without_secrets
@@ -45,11 +45,10 @@ def mlflow_text(
 
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-009
 def parameters(
-    metadata: Mapping[str, object],  # of a run
+    record: RunRecord,  # of a run
 ) -> dict[str, str]:  # dotted key -> value
     "The hyperparameters of a run."
-    sections = metadata.get("training_parameters") or {}
-    return dict(_flat({name: section for name, section in sections.items() if name != "mlflow"}))
+    return dict(_flat({name: section for name, section in record.settings.items() if name != "mlflow"}))
 
 
 def _flat(values: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -73,11 +72,12 @@ def resumed_parameters(
 def metric_rows(
     metrics: pd.DataFrame,  # from `read_metrics`
     primary_metric: str = "selection_metric",  # or val_loss; lower is better
-    parent_score: Mapping[str, float] | None = None,  # of the weights a fine-tune started from
+    score_to_beat: float | None = None,  # of the weights a fine-tune started from
 ) -> dict[int, dict[str, float]]:  # epoch -> metric -> value
     "What MLflow gets of each epoch."
-    best, beaten = metrics[primary_metric].cummin(), (parent_score or {}).get(primary_metric)
-    table = metrics.assign(**{f"best_{primary_metric}": best if beaten is None else best.clip(upper=beaten)})
+    best = metrics[primary_metric].cummin()
+    best = best if score_to_beat is None else best.clip(upper=score_to_beat)
+    table = metrics.assign(**{f"best_{primary_metric}": best})
     return {
         int(row["epoch"]): {name: float(value) for name, value in row.items() if math.isfinite(value)}
         for row in table.to_dict("records")
@@ -98,44 +98,41 @@ def contradicted(
 
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-021
 def parent_tags(
-    lineage: Mapping[str, object],  # of a run's metadata
+    lineage: Lineage,  # of a run
 ) -> dict[str, object]:  # empty without a parent
     "Where the weights of a fine-tune come from."
-    checkpoint = lineage.get("parent_checkpoint")
-    if not checkpoint:
+    if not lineage.parent_checkpoint:
         return {}
-    parent = RunDirectory.of_checkpoint(checkpoint)
-    metadata = {}
+    parent, record = RunDirectory.of_checkpoint(lineage.parent_checkpoint), RunRecord()
     with suppress(RunError):  # the checkpoint need not lie in a run
-        metadata = read_metadata(parent)
+        record = read_record(parent)
     return {
-        "topoqa.parent_checkpoint": checkpoint,
-        "topoqa.parent_sha256": lineage.get("parent_sha256"),
-        "topoqa.parent_run_name": parent.name if metadata else None,
-        "topoqa.parent_mlflow_run_id": (metadata.get("mlflow") or {}).get("run_id"),
+        "topoqa.parent_checkpoint": lineage.parent_checkpoint,
+        "topoqa.parent_sha256": lineage.parent_sha256,
+        "topoqa.parent_run_name": parent.name if record.written else None,
+        "topoqa.parent_mlflow_run_id": record.mlflow.run_id,
     }
 
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-023
 def run_tags(
-    metadata: Mapping[str, object],  # of a run
     run: RunDirectory,  # where it is
+    record: RunRecord,  # of this run
     tags: Mapping[str, object],  # mlflow.tags
 ) -> dict[str, str]:
     "The tags of a run; the user's own win."
-    lineage = metadata.get("lineage") or {}
-    git = (metadata.get("environment") or {}).get("git") or {}
+    git = record.environment.get("git") or {}
     known = {
         "mlflow.source.name": "topoqa",
         "mlflow.source.git.commit": git.get("commit"),
-        "mlflow.note.content": metadata.get("notes"),
+        "mlflow.note.content": record.written.get("notes"),
         "mlflow.user": _user(),
         "topoqa.run_name": run.name,
-        "topoqa.command": metadata.get("command"),
+        "topoqa.command": record.written.get("command"),
         "topoqa.run_directory": run.path,
-        "topoqa.trial_label": metadata.get("trial_label"),
-        "topoqa.data_fingerprint": (metadata.get("data") or {}).get("fingerprint"),
-        "topoqa.mode": lineage.get("mode"),
-        **parent_tags(lineage),
+        "topoqa.trial_label": record.trial_label,
+        "topoqa.data_fingerprint": record.data.fingerprint,
+        "topoqa.mode": record.lineage.mode,
+        **parent_tags(record.lineage),
     }
     return {
         mlflow_name(name): mlflow_text(value)[:5000]
@@ -258,30 +255,30 @@ class LinkedRun:
 
     def open(self) -> None:
         "Find the MLflow run of a resumed run, or make one; then send what is known at the start."
-        metadata = read_metadata(self.run)
-        earlier = find_mlflow_run(self.store.client, (metadata.get("mlflow") or {}).get("run_id"))
+        record = read_record(self.run)
+        earlier = find_mlflow_run(self.store.client, record.mlflow.run_id)
         if earlier is None:
-            self._create(metadata, parent_id=sweep_run_id(self.store.client))
+            self._create(record, parent_id=sweep_run_id(self.store.client))
         else:
-            self._continue(metadata, earlier)
+            self._continue(record, earlier)
         self._send_documents()
 
-    def _create(self, metadata: Mapping, parent_id: str | None, **tags: str) -> None:
-        tags |= run_tags(metadata, self.run, self.config.tags)
+    def _create(self, record: RunRecord, parent_id: str | None, **tags: str) -> None:
+        tags |= run_tags(self.run, record, self.config.tags)
         if parent_id:
             tags["mlflow.parentRunId"] = parent_id
         name = self.config.run_name or self.run.name
         made = self.store.client.create_run(self.store.experiment_id, tags=tags, run_name=name)
         self.there = MlflowRun(self.store, made.info.run_id, parent_id)
         _note(self.run, self.there)
-        self.there.send(parameters=parameters(metadata))
+        self.there.send(parameters=parameters(record))
 
-    def _continue(self, metadata: Mapping, earlier: Any) -> None:
+    def _continue(self, record: RunRecord, earlier: Any) -> None:
         self.there = MlflowRun.found(self.store, earlier)
         _note(self.run, self.there)
-        new, changed = resumed_parameters(parameters(metadata), earlier.data.params)
+        new, changed = resumed_parameters(parameters(record), earlier.data.params)
         self.store.client.update_run(self.there.run_id, status="RUNNING")
-        self.there.send(parameters=new, tags=run_tags(metadata, self.run, self.config.tags) | changed)
+        self.there.send(parameters=new, tags=run_tags(self.run, record, self.config.tags) | changed)
 
     def _send_documents(self) -> None:
         if self.config.log_artifacts:
@@ -307,17 +304,16 @@ class MlflowMirror(LinkedRun):
         complete: bool = False,  # no epoch will follow, so MLflow must not have more than metrics.csv
     ) -> None:
         "Send the epochs that MLflow does not have."
-        metadata = read_metadata(self.run)
-        primary, parent = metadata["selection"]["primary_metric"], metadata["lineage"].get("parent_score")
-        rows = metric_rows(read_metrics(self.run), primary, parent)
+        record = read_record(self.run)
+        rows = metric_rows(read_metrics(self.run), record.selection.ranked_by, record.score_to_beat)
         if contradicted(self.there.held, rows, complete):
-            self._begin_again(metadata)
+            self._begin_again(record)
         self.there.send_rows(rows)
 
-    def _begin_again(self, metadata: Mapping) -> None:
+    def _begin_again(self, record: RunRecord) -> None:
         "A second MLflow run in place of one that holds other values."
         client, old = self.store.client, self.there.run_id
-        self._create(metadata, metadata["mlflow"].get("parent_run_id"), **{"topoqa.replaces": old})
+        self._create(record, record.mlflow.parent_run_id, **{"topoqa.replaces": old})
         client.set_tag(old, "topoqa.replaced_by", self.there.run_id)
         client.set_terminated(old, "KILLED")
         self._send_documents()
@@ -328,7 +324,7 @@ class MlflowMirror(LinkedRun):
     ) -> None:
         "Send what is missing, set the status, and keep the best checkpoints."
         self.send_epochs(complete=status == "FINISHED")
-        ranked = (read_metadata(self.run).get("checkpoints") or {}).get("ranked") or []
+        ranked = read_record(self.run).checkpoints.ranked or ()
         self.there.send(tags={f"topoqa.{link}": name for link, name in zip(RANK_LINKS, ranked, strict=False)})
         self.store.client.set_terminated(self.there.run_id, status)
         if self.config.log_artifacts:

@@ -48,7 +48,7 @@ from ..ground.signals import Interrupted, interruptible
 from ..network.metrics import regression_metrics
 from ..network.model import TopoQANet, build_model
 from ..network.weights import load_model, load_weights
-from ..runs.record import RunDirectory, read_metadata, update_metadata
+from ..runs.record import RunDirectory, read_record, update_metadata
 from ..runs.runs import create_run, update_best
 from ..runs.selection import SelectionRule
 from topoqa_nb.training.callbacks import (
@@ -260,7 +260,7 @@ def recorded(
 ) -> Iterator[None]:
     "Keep logs, turn signals into `Interrupted`, and leave status, reason and seconds in the metadata."
     started = time.perf_counter()
-    earlier = read_metadata(run)["runtime"].get("seconds") or 0.0  # of the run that a resume continues
+    earlier = read_record(run).runtime.seconds or 0.0  # of the run that a resume continues
 
     def finish(status: str, reason: str | None = None) -> None:
         seconds = round(earlier + time.perf_counter() - started, 3)
@@ -312,7 +312,7 @@ def make_callbacks(
     if parent:
         stopping.best_score = torch.tensor(parent.score[primary])
     recorder = RunRecorder(run, parent.score["val_loss"] if parent else math.inf, config.logging.log_lr)
-    identity = read_metadata(run).get("identity")
+    identity = read_record(run).identity
     ranked = RankedCheckpoints(run, primary, parent.score if parent else None, identity)
     callbacks = [ProgressLines(), recorder, stopping, ranked, MetadataWriter(run, recorder, ranked)]
     if _wants_bar(config):
@@ -358,10 +358,10 @@ def conclude(
     run: RunDirectory,  # that has trained all its epochs
 ) -> None:
     "Say where the best checkpoint is, and whether a fine-tune beat its parent."
-    metadata = read_metadata(run)
-    log.info(f"Best checkpoint: {run.checkpoints / metadata['checkpoints']['best']}")
-    if metadata["lineage"]["mode"] == "fine-tune":
-        improved = metadata["selection"]["best_epoch"] >= 0
+    known = read_record(run)
+    log.info(f"Best checkpoint: {run.checkpoints / known.checkpoints.best}")
+    if known.lineage.mode == "fine-tune":
+        improved = known.selection.best_epoch >= 0
         update_metadata(run, lineage={"improved_on_parent": improved})
         beaten = "No epoch beat the parent; best.ckpt is the parent."
         log.info("The fine-tune beat its parent." if improved else beaten)
