@@ -17,10 +17,10 @@ from original_stack import (
 
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import RunError, TopoqaError, write_json
-from topoqa_nb.runs.leaderboard import best_score, leaderboard, summarise
+from topoqa_nb.runs.leaderboard import best_file, leaderboard, summarise
 from topoqa_nb.runs.monitor import change_line, snapshot
 from topoqa_nb.runs.original import adopt, is_original, joined_epochs, metrics_files, read_table
-from topoqa_nb.runs.record import read_metadata, update_metadata
+from topoqa_nb.runs.record import read_metadata, read_record, update_metadata
 from topoqa_nb.runs.runs import METRIC_COLUMNS, archive, create_run, find_run, list_runs, read_metrics
 
 BEST = LOSSES[4] - CORRELATIONS[4]  # of one epoch's values; the name says 0.060 - 0.68
@@ -97,7 +97,7 @@ def test_checkpoint_names_of_every_form(root, style, metric, score, link):
     assert metadata["selection"]["primary_metric"] == metric
     assert metadata["selection"]["best_score"] == pytest.approx(score)
     assert metadata["selection"]["best_epoch"] == 4
-    assert best_score(find_run(root, "old"))[1].name == checkpoint_names(style)[0]
+    assert best_file(find_run(root, "old"), read_record(root / "old")).name == checkpoint_names(style)[0]
 
 
 def test_the_link_decides_and_without_it_what_the_epochs_are_worth(root):
@@ -112,7 +112,7 @@ def test_the_link_decides_and_without_it_what_the_epochs_are_worth(root):
     assert read_metadata(root / "old")["selection"]["best_score"] == pytest.approx(
         LOSSES[5] - CORRELATIONS[5]
     )
-    assert best_score(find_run(root, "old"))[1].name == checkpoint_names("signed")[1]
+    assert best_file(find_run(root, "old"), read_record(root / "old")).name == checkpoint_names("signed")[1]
 
 
 def test_the_metric_that_newer_metadata_state_wins_over_names(root):

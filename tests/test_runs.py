@@ -16,8 +16,8 @@ from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import RunError, write_json, write_text
 from topoqa_nb.ground.machine import git_state
 from topoqa_nb.runs import runs as runs
-from topoqa_nb.runs.leaderboard import best_score, leaderboard, summarise
-from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
+from topoqa_nb.runs.leaderboard import best_file, leaderboard, summarise
+from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record, update_metadata
 from topoqa_nb.runs.runs import (
     METRIC_COLUMNS,
     append_metrics,
@@ -360,7 +360,7 @@ def test_summary_of_a_run_in_any_state(root, loaded, status):
         None,
         None,
     )
-    assert best_score(run) == (None, None)
+    assert best_file(run, read_record(run)) is None
     append_metrics(run, row(0, spearman=0.5))
     best = candidate(-0.44, 0.06, 0)
     write_text(run.checkpoints / best.filename, "weights")

@@ -439,7 +439,7 @@ def test_jobs_run_at_the_same_time_and_never_more_than_asked(tmp_path: Path, dem
         f"seen = len(list(mark.parent.iterdir())); mark.unlink(); say('completed', selection={{'best_score': seen}})"
     )
     result = run_jobs(plan(tmp_path, demo, "abcd"), jobs=2, command=stand_in(script), say=lambda line: None)
-    assert max(job.best_score for job in result) == 2
+    assert max(job.score for job in result) == 2
 
 
 @pytest.mark.usefixtures("light")
@@ -730,7 +730,7 @@ def test_real_trainings_end_with_their_status(sweep):
     planned, result, lines = sweep
     fine, diverges = result
     assert (fine.status, diverges.status) == ("completed", "failed"), result
-    assert fine.best_score == read_metrics(planned[0].run).selection_metric.min()
+    assert fine.score == read_metrics(planned[0].run).selection_metric.min()
     assert fine.checkpoint.is_file()
     assert "finite" in diverges.reason
     assert sum(line.startswith("fine | Epoch") for line in lines) == 3
@@ -760,7 +760,7 @@ def test_figures_come_from_the_files_of_a_run(sweep, tmp_path: Path):
         "epochs": "3/3",
         "val_loss": last.val_loss,
         "val_spearman": last.val_spearman_corr,
-        "best": metrics.selection_metric.min(),
+        "score": metrics.selection_metric.min(),
         "seconds_left": None,
     }
     assert run_figures(RunDirectory(tmp_path / "absent")) == {}

@@ -38,9 +38,9 @@ from topoqa_nb.pipeline.parameters import (
 )
 from .plan import STAGES, Pipeline, claim_reports, hold_reports, settle
 from .stage_record import is_completed, read_stage, restored_error, stage_file
-from ..runs.leaderboard import best_score, leaderboard
+from ..runs.leaderboard import best_file, leaderboard
 from ..runs.original import is_original
-from ..runs.record import RunDirectory
+from ..runs.record import RunDirectory, read_record
 from ..runs.runs import find_run
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-005
@@ -164,7 +164,7 @@ def fine_tune_values(
     "The parameters of a pipeline that only fine-tunes. Raises `RunError` when there is no run to start from."
     root = Path(values.get("run_root") or "training_runs").resolve()
     run = _run_to_tune(root, checkpoint, run_dir)
-    start = checkpoint or best_score(run)[1]
+    start = checkpoint or best_file(run, read_record(run))
     if start is None:
         raise CheckpointError(run.checkpoints, "a best checkpoint", "none", "name one with --checkpoint")
     data = {}

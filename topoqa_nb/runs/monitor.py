@@ -19,10 +19,11 @@ from rich.text import Text
 
 from ..ground.console import show, standard_output
 from ..ground.core import TopoqaError, plain, to_json
-from .leaderboard import best_score, check_damage
+from .leaderboard import best_file, check_damage
 from .progress import left_text, progress
-from .record import BEST, ENDED, RunDirectory, RunRecord, read_record
+from .record import ENDED, RunDirectory, RunRecord, read_record
 from .runs import read_metrics
+from .selection import BEST
 
 # %% ../../nbs/3_runs/36_monitor.ipynb #36-008
 _PARAMETERS = (
@@ -64,7 +65,7 @@ def snapshot(
     "What can be said about a run now. Raises `RunError` when its files are damaged or half-written."
     record, metrics = read_record(run), read_metrics(run)
     check_damage(run, record)
-    best = {"metric": record.selection.primary_metric}
+    best = {BEST[name]: value for name, value in record.selection.best.items()}
     return plain(
         {
             "run_name": run.name,
@@ -73,8 +74,8 @@ def snapshot(
             "process": record.process,
             "ended": record.process == "gone" or record.status in ENDED,
             "reason": record.reason,
-            "best": best | {name: getattr(record.selection, name) for name in BEST},
-            "best_checkpoint": best_score(run)[1],
+            "best": {"metric": record.selection.primary_metric, **best},
+            "best_checkpoint": best_file(run, record),
             "source_config": record.source_config,
             "parameters": _stated_parameters(record),
             "parent_checkpoint": record.lineage.parent_checkpoint,

@@ -21,7 +21,7 @@ import pandas as pd
 from ..ground.config import LEGACY_KEYS, sectioned
 from ..ground.core import RunError, plain, read_json
 from ..ground.files import read_yaml
-from .selection import METRICS, Candidate, SelectionRule, parse_checkpoint_name, rank
+from .selection import BEST, METRICS, Candidate, SelectionRule, parse_checkpoint_name, rank
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-008
 _ORIGINAL_NAMES = {
@@ -220,18 +220,19 @@ def original_best(
     metrics: pd.DataFrame,  # from `with_selection_metric`
     ranked: Sequence[Candidate],  # from `ranked_checkpoints`
     primary_metric: str,
-) -> dict[str, object]:  # best_score, best_epoch, best_val_loss, best_val_spearman; None where unknown
+) -> dict[str, object]:  # by the values of `BEST`; None where unknown
     "The epoch of the best checkpoint as it stands in metadata."
     rows = metrics.sort_values([primary_metric, "val_loss", "epoch"])
     rows = rows[rows.epoch == ranked[0].epoch] if ranked else rows
     row = rows.iloc[0].to_dict() if len(rows) else vars(ranked[0]) if ranked else {}
     epoch = row.get("epoch", _UNKNOWN_EPOCH)
-    return {
-        "best_score": row.get(primary_metric),
-        "best_epoch": None if epoch == _UNKNOWN_EPOCH else int(epoch),
-        "best_val_loss": row.get("val_loss"),
-        "best_val_spearman": row.get("val_spearman_corr"),
+    facts = {
+        "score": row.get(primary_metric),
+        "epoch": None if epoch == _UNKNOWN_EPOCH else int(epoch),
+        "val_loss": row.get("val_loss"),
+        "val_spearman": row.get("val_spearman_corr"),
     }
+    return {BEST[name]: value for name, value in facts.items()}
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-043
 def _told_by_command(command: str | Sequence[object]) -> dict[str, object]:

@@ -31,7 +31,6 @@ from topoqa_nb.ground.core import (
 from ..ground.settings import Config
 from .original import adopt, is_original, read_table
 from topoqa_nb.runs.record import (
-    BEST,
     RunDirectory,
     RunRecord,
     initial_metadata,
@@ -39,6 +38,7 @@ from topoqa_nb.runs.record import (
     read_record,
     update_metadata,
 )
+from .selection import BEST
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-008
 _RESERVED_NAMES = ("latest", "history")
@@ -160,7 +160,7 @@ def best_epoch(
     rows: Iterable[Mapping[str, float]],  # by the columns of metrics.csv, NaN where undefined
     primary_metric: str = "selection_metric",  # or val_loss
     parent_score: Mapping[str, float] | None = None,  # metrics of the weights a fine-tune started from
-) -> dict[str, object]:  # best_score, best_epoch, best_val_loss, best_val_spearman; None where unknown
+) -> dict[str, object]:  # by the values of `BEST`; None where unknown
     "The best epoch so far, as it stands in the metadata."
     judged = ("val_loss", "val_spearman_corr", "selection_metric")
     parent = (
@@ -168,8 +168,8 @@ def best_epoch(
     )
     there = [row for row in (*rows, *filter(None, [parent])) if math.isfinite(row[primary_metric])]
     best = min(there, key=lambda row: (row[primary_metric], row["val_loss"], row["epoch"]), default={})
-    names = (primary_metric, "epoch", "val_loss", "val_spearman_corr")
-    return {entry: best.get(name) for entry, name in zip(BEST, names, strict=True)}
+    columns = (primary_metric, "epoch", "val_loss", "val_spearman_corr")
+    return {entry: best.get(column) for entry, column in zip(BEST.values(), columns, strict=True)}
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-030
 def update_best(

@@ -25,6 +25,7 @@ from rich.table import Table
 from ..ground.core import RunError, now, plain
 from ..ground.machine import PARALLEL_VARIABLE, available_cores, thread_count, thread_limits
 from ..runs.record import ENDED, RunDirectory, RunRecord, read_record, update_metadata
+from ..runs.selection import BEST
 from .manifest import Job, training_command
 from .processes import Forked, ForkServer
 
@@ -36,8 +37,8 @@ class JobResult:
     name: str  # in the manifest
     run_dir: Path  # of its run, whether it is there or not
     status: str  # completed, failed, interrupted, not started
-    best_score: float | None = None  # primary metric of the best checkpoint; lower is better
-    best_epoch: int | None = None  # counted from 0
+    score: float | None = None  # primary metric of the best checkpoint; lower is better
+    epoch: int | None = None  # of the best checkpoint, from 0
     checkpoint: Path | None = None  # the best one
     seconds: float | None = None  # wall time of the process, start-up included
     reason: str | None = None  # why it is not completed, or where it was completed before
@@ -45,7 +46,7 @@ class JobResult:
     @property
     def score_text(self) -> str:
         "The best score to five decimals, empty without one."
-        return "" if self.best_score is None else f"{self.best_score:.5f}"
+        return "" if self.score is None else f"{self.score:.5f}"
 
     def line(self) -> str:
         "One line for the console."
@@ -68,8 +69,9 @@ class SweepResult:
         return all(job.status == "completed" for job in self.jobs)
 
     def to_dict(self) -> dict[str, object]:
-        "Plain types, for JSON."
-        return plain(asdict(self))
+        "Plain types, for JSON, under the names of files."
+        jobs = [{BEST.get(name, name): value for name, value in asdict(job).items()} for job in self]
+        return plain({"jobs": jobs})
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-006
 def results_table(
@@ -238,8 +240,8 @@ def result_of(
         name=name,
         run_dir=run.path,
         status=record.status,
-        best_score=record.selection.best_score,
-        best_epoch=record.selection.best_epoch,
+        score=record.selection.score,
+        epoch=record.selection.epoch,
         checkpoint=run.checkpoints / best if best else None,
         seconds=None if seconds is None else round(seconds, 2),
         reason=record.reason,

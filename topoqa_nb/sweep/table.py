@@ -31,7 +31,7 @@ from .sweep import UNWATCHED, Supervisor, Watch
 # %% ../../nbs/6_sweep/64_table.ipynb #64-005
 def run_figures(
     run: RunDirectory,
-) -> dict[str, object]:  # epochs, val_loss, val_spearman, best, seconds_left; empty before the run has begun
+) -> dict[str, object]:  # epochs, val_loss, val_spearman, score, seconds_left; empty before the run has begun
     "What the files of a run say about it now."
     try:
         record, metrics = read_record(run), read_metrics(run)
@@ -43,7 +43,7 @@ def run_figures(
         "epochs": f"{far['epochs_done']}/{far['epochs'] or '?'}",
         "val_loss": last.get("val_loss"),
         "val_spearman": last.get("val_spearman_corr"),
-        "best": record.selection.best_score,
+        "score": record.selection.score,
         "seconds_left": far.get("seconds_left"),  # at most
     }
 
@@ -58,7 +58,7 @@ def job_cells(
     figures: Mapping[str, object],  # from `run_figures`
 ) -> list[str]:  # as `COLUMNS`
     "A row of the table."
-    values = [figures.get(key) for key in ("val_loss", "val_spearman", "best")]
+    values = [figures.get(key) for key in ("val_loss", "val_spearman", "score")]
     numbers = ["" if value is None or math.isnan(value) else f"{value:.5f}" for value in values]
     return [
         name,

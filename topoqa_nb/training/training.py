@@ -361,7 +361,7 @@ def conclude(
     known = read_record(run)
     log.info(f"Best checkpoint: {run.checkpoints / known.checkpoints.best}")
     if known.lineage.mode == "fine-tune":
-        improved = known.selection.best_epoch >= 0
+        improved = known.selection.epoch >= 0
         update_metadata(run, lineage={"improved_on_parent": improved})
         beaten = "No epoch beat the parent; best.ckpt is the parent."
         log.info("The fine-tune beat its parent." if improved else beaten)
