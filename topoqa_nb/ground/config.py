@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 
 from .core import HALF_CHARACTER, ConfigError, nearest, plain
 from .files import absolute_path, as_written, find_file, parse_yaml, read_text, read_yaml
-from .settings import Config
+from .settings import Config, WrongValue, wrong_value
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-008
 def _model_fields() -> dict[str, FieldInfo]:
@@ -278,16 +278,13 @@ def _file_settings(path: Path, notes: list[str], chain: tuple[Path, ...] = ()) -
     return settings
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-045
-def _problem(error: Mapping[str, object], settings: Mapping[str, _Setting]) -> ConfigError:
-    "One pydantic error in this package's words."
-    location = [str(part) for part in error["loc"]]
-    key = next(key for key in (".".join(location[:2]), location[0]) if key in FIELDS)
+def _problem(wrong: WrongValue, settings: Mapping[str, _Setting]) -> ConfigError:
+    "Where a wrong value was set, and what it is without."
+    key = next(key for key in (".".join(wrong.place[:2]), wrong.place[0]) if key in FIELDS)
     places = [setting.where for name, setting in settings.items() if f"{name}.".startswith(f"{key}.")]
-    expected = re.sub("^Input should be |, (got|unable) .*", "", error["msg"])
-    expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
     default = as_written(FIELDS[key].get_default())
-    fix = error.get("ctx", {}).get("fix") or f"correct it or leave it out (default {default})"
-    return ConfigError(places[-1], expected, as_written(error["input"]), fix)
+    fix = wrong.fix or f"correct it or leave it out (default {default})"
+    return ConfigError(places[-1], wrong.expected, as_written(wrong.found), fix)
 
 
 def _build(settings: Mapping[str, _Setting]) -> Config:
@@ -295,7 +292,7 @@ def _build(settings: Mapping[str, _Setting]) -> Config:
     try:
         return Config.model_validate(_nest({key: setting.value for key, setting in settings.items()}))
     except ValidationError as problem:
-        raise _problem(problem.errors()[0], settings) from None
+        raise _problem(wrong_value(problem), settings) from None
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-049
 @dataclass(frozen=True)

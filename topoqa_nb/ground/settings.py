@@ -5,18 +5,28 @@
 # %% auto #0
 __all__ = ['Integer', 'Number', 'Count', 'BatchLimit', 'Location', 'Flag', 'Precision', 'Mapped', 'Section', 'PathsConfig',
            'ModelConfig', 'DataloaderConfig', 'TrainerConfig', 'OptimizerConfig', 'SchedulerConfig',
-           'EarlyStoppingConfig', 'SelectionConfig', 'CoverageConfig', 'LoggingConfig', 'MlflowConfig', 'Config']
+           'EarlyStoppingConfig', 'SelectionConfig', 'CoverageConfig', 'LoggingConfig', 'MlflowConfig', 'Config',
+           'WrongValue', 'wrong_value']
 
 # %% ../../nbs/0_ground/04_settings.ipynb #04-003
 import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 # %% ../../nbs/0_ground/04_settings.ipynb #04-006
@@ -257,3 +267,38 @@ class Config(Section):
     mlflow: MlflowConfig = MlflowConfig()
     edge_schema: Mapped = {}  # recorded; `dim` is checked against the width found in the graphs
     topology_schema: Mapped = {}  # recorded
+
+# %% ../../nbs/0_ground/04_settings.ipynb #04-101
+@dataclass(frozen=True)
+class WrongValue:
+    "The first value that a typed model refused."
+
+    place: tuple[str, ...]  # the keys that lead to it
+    kind: str  # pydantic's name of the mistake, such as missing or extra_forbidden
+    expected: str
+    found: object  # the value
+    fix: str | None  # where the check has advice of its own
+
+
+_WORDS = {
+    "a valid boolean": "true or false",
+    "a valid dictionary": "a mapping",
+    "a valid integer": "a whole number",
+    "a valid list": "a list",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid tuple": "a list",
+}
+
+
+def wrong_value(
+    problem: ValidationError,  # of a typed model
+) -> WrongValue:
+    "What pydantic found first, in this package's words."
+    first = problem.errors()[0]
+    noise = r"^(Input|String) should (be )?|^Value error, |, (got|unable) .*| or instance of \w+$"
+    expected = re.sub(noise, "", first["msg"])
+    expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
+    expected = re.sub("^match pattern", "text that matches", expected)
+    place, fix = tuple(map(str, first["loc"])), first.get("ctx", {}).get("fix")
+    return WrongValue(place, first["type"], _WORDS.get(expected, expected), first["input"], fix)

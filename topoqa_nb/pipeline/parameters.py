@@ -7,7 +7,6 @@ __all__ = ['Overrides', 'PATH_PARAMETERS', 'PipelineParameters', 'check_known', 
 
 # %% ../../nbs/7_pipeline/70_parameters.ipynb #70-002
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from ..ground.config import absolute_overrides, parse_overrides
 from ..ground.core import ConfigError, did_you_mean, plain
 from ..ground.files import find_file
+from ..ground.settings import wrong_value
 
 # %% ../../nbs/7_pipeline/70_parameters.ipynb #70-005
 def _as_overrides(
@@ -87,17 +87,9 @@ def pipeline_parameters(
     try:
         return PipelineParameters.model_validate(dict(values))
     except ValidationError as problem:
-        first = problem.errors()[0]
-        raise ConfigError(
-            f"pipeline parameter {first['loc'][0]}",
-            _expected(first["msg"]),
-            repr(first["input"]),
-            "correct the value",
-        ) from None
-
-
-def _expected(message: str) -> str:
-    return re.sub(r"^Input should be ", "", message)
+        wrong = wrong_value(problem)
+        where = f"pipeline parameter {wrong.place[0]}"
+        raise ConfigError(where, wrong.expected, repr(wrong.found), "correct the value") from None
 
 # %% ../../nbs/7_pipeline/70_parameters.ipynb #70-018
 PATH_PARAMETERS = (

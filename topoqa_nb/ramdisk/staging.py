@@ -23,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 from ..data.graphs import list_graphs
 from ..ground.core import ConfigError, DataError, did_you_mean, sha256_file
 from ..ground.files import find_shipped, read_yaml
+from ..ground.settings import wrong_value
 
 # %% ../../nbs/8_ramdisk/80_staging.ipynb #80-005
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
@@ -98,10 +99,9 @@ def ramdisk_settings(
     try:
         return RamdiskSettings.model_validate(file_settings(find_shipped("ramdisk.yaml")) | given)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        expected = re.sub(r"^(Input should be|Value error,|String should) ", "", first["msg"])
-        name = str(first["loc"][0]).replace("_", "-")
-        raise ConfigError(f"--{name}", expected, repr(first["input"]), "correct the value") from None
+        wrong = wrong_value(problem)
+        name = wrong.place[0].replace("_", "-")
+        raise ConfigError(f"--{name}", wrong.expected, repr(wrong.found), "correct the value") from None
 
 # %% ../../nbs/8_ramdisk/80_staging.ipynb #80-020
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from pydantic import (
 from ..ground.config import LoadedConfig
 from ..ground.core import RunError, now, read_json, write_json
 from ..ground.machine import process_state, this_process
-from ..ground.settings import Config
+from ..ground.settings import Config, wrong_value
 from .original import adopt, is_original
 from .selection import BEST, METRICS
 
@@ -305,10 +305,9 @@ def record_of(
     try:
         return RunRecord.model_validate(metadata)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where = f"{file}: {'.'.join(map(str, first['loc']))}"
-        expected = first["msg"].removeprefix("Input should be ")
-        raise RunError(where, expected, repr(first["input"]), fix) from None
+        wrong = wrong_value(problem)
+        where = f"{file}: {'.'.join(wrong.place)}"
+        raise RunError(where, wrong.expected, repr(wrong.found), fix) from None
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-035
 _METADATA_BYTES = 64_000_000  # at most; those of a run of 100,000 epochs have two million

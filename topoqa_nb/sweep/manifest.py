@@ -7,7 +7,6 @@ __all__ = ['MANIFEST_KEYS', 'SETTING_KEYS', 'JobSettings', 'JobEntry', 'Manifest
            'Job', 'plan_jobs', 'describe_job', 'training_command']
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-002
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from topoqa_nb.ground.config import (
 )
 from ..ground.core import CheckpointError, ConfigError, did_you_mean
 from ..ground.files import find_file, read_yaml
+from ..ground.settings import WrongValue, wrong_value
 from ..runs.record import RunDirectory
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-005
@@ -94,7 +94,7 @@ def load_manifest(
     try:
         manifest = Manifest.model_validate(content | {"path": file})
     except ValidationError as problem:
-        raise _manifest_error(file, problem.errors()[0]) from None
+        raise _manifest_error(file, wrong_value(problem)) from None
     _check_different(file, [job.name for job in manifest.jobs], "job names")
     return manifest
 
@@ -107,24 +107,23 @@ def _check_different(where: object, names: Iterable[str], kind: str) -> None:
         raise ConfigError(where, f"different {kind}", f"{', '.join(twice)} more than once", "rename one")
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-008
-def _manifest_error(file: Path, problem: Mapping) -> ConfigError:
+def _manifest_error(file: Path, wrong: WrongValue) -> ConfigError:
     "The first thing that is wrong with a manifest, in the words of the house."
     keys = [*MANIFEST_KEYS, *JobEntry.model_fields]
-    place = [str(part) for part in problem["loc"]]
-    if problem["type"] != "extra_forbidden":  # pydantic also names the type that it tried
+    place = list(wrong.place)
+    if wrong.kind != "extra_forbidden":  # pydantic also names the type that it tried
         place = [part for part in place if part in keys or part.isdigit()]
     where = f"{file}: {'.'.join(place)}"
-    if problem["type"] == "extra_forbidden":
+    if wrong.kind == "extra_forbidden":
         known = {1: MANIFEST_KEYS, 2: JobSettings.model_fields}.get(len(place), JobEntry.model_fields)
         return ConfigError(where, "a known key", "an unknown one", did_you_mean(place[-1], known))
-    if problem["type"] in ("missing", "too_short"):
+    if wrong.kind in ("missing", "too_short"):
         return ConfigError(where, "a value", "nothing", "a manifest lists jobs, each with a name")
-    if problem["type"] == "tuple_type":
-        return ConfigError(where, "a list", repr(problem["input"]), "begin each job with a dash: `- name: a`")
-    expected = re.sub(r"^Input should be (a valid )?", "", problem["msg"])
-    if problem["type"] == "string_pattern_mismatch":
-        expected = "letters, digits and _ . + - (it names a folder)"
-    return ConfigError(where, expected, repr(problem["input"]), "correct the value")
+    if wrong.kind == "tuple_type":
+        return ConfigError(where, "a list", repr(wrong.found), "begin each job with a dash: `- name: a`")
+    pattern = wrong.kind == "string_pattern_mismatch"
+    expected = "letters, digits and _ . + - (it names a folder)" if pattern else wrong.expected
+    return ConfigError(where, expected, repr(wrong.found), "correct the value")
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-106
 @contextmanager
