@@ -554,7 +554,7 @@ def test_absolute_overrides(tmp_path):
         ("model: {hidden_dim: 33}", ["a.yaml: model.hidden_dim:", "multiple of 2"]),
         ("model: {pooling_type: median}", ["a.yaml: model.pooling_type:", "'mean', 'add' or 'max'"]),
         ("dataloader: {batch_size: true}", ["a.yaml: dataloader.batch_size:", "a number", "found true"]),
-        ("dataloader: {batch_size: 1.5}", ["a.yaml: dataloader.batch_size:", "integer", "found 1.5"]),
+        ("dataloader: {batch_size: 1.5}", ["a.yaml: dataloader.batch_size:", "whole number", "found 1.5"]),
         ("dataloader: {batch_size: 0}", ["a.yaml: dataloader.batch_size:", "greater than or equal to 1"]),
         ("dataloader: {batch_size: null}", ["a.yaml: dataloader.batch_size:", "found null"]),
         ("optimizer: {learning_rate: false}", ["a.yaml: optimizer.learning_rate:", "found false"]),

@@ -108,10 +108,10 @@ def plan(folder: Path, demo: DemoPaths, names: str = "a", **options: object) -> 
         ("jobs: [{name: a}]\npath: x", ["manifest.yaml: path", "unknown"]),
         ("jobs: [{name: a, ovverrides: {}}]", ["jobs.0.ovverrides", "did you mean overrides?"]),
         ("shared: {resume_from: x}\njobs: [{name: a}]", ["shared.resume_from", "unknown"]),
-        ("jobs: [{name: a, fast_dev_run: 2}]", ["jobs.0.fast_dev_run", "boolean"]),
+        ("jobs: [{name: a, fast_dev_run: 2}]", ["jobs.0.fast_dev_run", "true or false"]),
         ("jobs: [{name: ../a}]", ["jobs.0.name", "names a folder"]),
         ("jobs: [{name: a}, {name: a}]", ["manifest.yaml", "different job names", "a more than once"]),
-        ("continue_on_error: 1\njobs: [{name: a}]", ["continue_on_error", "boolean"]),
+        ("continue_on_error: 1\njobs: [{name: a}]", ["continue_on_error", "true or false"]),
     ],
 )
 def test_a_wrong_manifest_is_one_line_with_the_place(tmp_path: Path, text: str | None, parts: list[str]):

@@ -128,10 +128,18 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False), _GIVEN] | No
 _Text = Annotated[str, Field(strict=True)] | None
 
 
+_TextOrNothing = Annotated[
+    str | None, BeforeValidator(lambda value: value if isinstance(value, str) else None)
+]
+
+
 _T = TypeVar("_T")
 
 
 _Section = Annotated[_T, BeforeValidator(lambda value: {} if value is None else value)]
+
+
+_SectionOrNothing = Annotated[_T, BeforeValidator(lambda value: value if isinstance(value, Mapping) else {})]
 
 
 class _Part(BaseModel):
@@ -203,8 +211,8 @@ class Data(_Part):
 class Tracked(_Part):
     "The MLflow run that is the copy of a run."
 
-    run_id: _Text = None
-    parent_run_id: _Text = None  # of the sweep that the run belongs to
+    run_id: _TextOrNothing = None  # what is no id is none: a copy is no reason to refuse a run
+    parent_run_id: _TextOrNothing = None  # of the sweep that the run belongs to
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-022
 class Stopping(_Part):
@@ -271,7 +279,7 @@ class RunRecord(_Kept):
     lineage: _Section[Lineage] = Lineage()
     runtime: _Section[Runtime] = Runtime()
     progress: _Section[Progress] = Progress()
-    mlflow: _Section[Tracked] = Tracked()
+    mlflow: _SectionOrNothing[Tracked] = Tracked()
 
     @property
     def settings(self) -> Mapping[str, object]:
