@@ -20,7 +20,7 @@ from topoqa_nb.ground.core import RunError, TopoqaError, write_json
 from topoqa_nb.runs.leaderboard import best_file, leaderboard, summarise
 from topoqa_nb.runs.monitor import change_line, snapshot
 from topoqa_nb.runs.original import adopt, is_original, joined_epochs, metrics_files, read_table
-from topoqa_nb.runs.record import read_metadata, read_record, update_metadata
+from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record, update_metadata
 from topoqa_nb.runs.runs import METRIC_COLUMNS, archive, create_run, find_run, list_runs, read_metrics
 
 BEST = LOSSES[4] - CORRELATIONS[4]  # of one epoch's values; the name says 0.060 - 0.68
@@ -238,9 +238,20 @@ def test_ours_are_ours(root):
     assert not is_original(run.path)
     run.metadata_file.write_text("{")
     assert not is_original(run.path), "damaged metadata may be anybody's"
-    assert adopt(run.path) is None
+    assert not RunDirectory(run.path).is_original
     for folder in (root, root / "absent", run.path / "config"):
         assert not is_original(folder)
+
+
+def test_whose_run_it_is_is_decided_once(root, monkeypatch):
+    write_original_run(root / "old")
+    asked = []
+    monkeypatch.setattr("topoqa_nb.runs.record.is_original", lambda path: not asked.append(path))
+    run = RunDirectory(root / "old")
+    assert read_record(run).status == "completed" and len(read_metrics(run)) == 6 and run.exists
+    with pytest.raises(RunError, match="only read"):
+        update_metadata(run, status="failed")
+    assert len(asked) == 1
 
 
 def test_relative_paths(root, monkeypatch):

@@ -39,7 +39,6 @@ from topoqa_nb.pipeline.parameters import (
 from .plan import STAGES, Pipeline, claim_reports, hold_reports, settle
 from .stage_record import is_completed, read_stage, restored_error, stage_file
 from ..runs.leaderboard import best_file, leaderboard
-from ..runs.original import is_original
 from ..runs.record import RunDirectory, read_record
 from ..runs.runs import find_run
 
@@ -149,7 +148,7 @@ def _run_to_tune(root: Path, checkpoint: Path | None, run_dir: Path | None) -> R
         return find_run(root, run_dir)
     if checkpoint:
         run = RunDirectory.of_checkpoint(checkpoint.resolve())
-        return run if run.metadata_file.is_file() or is_original(run.path) else None
+        return run if run.exists else None
     ranked = [row for row in leaderboard(root) if row["status"] == "completed" and row["score"] is not None]
     if not ranked:
         raise RunError(root, "a completed run", "none", "run a sweep first, or name a checkpoint")
@@ -169,7 +168,7 @@ def fine_tune_values(
         raise CheckpointError(run.checkpoints, "a best checkpoint", "none", "name one with --checkpoint")
     data = {}
     if not values.get("graph_dir"):
-        if run is None or is_original(run.path):
+        if run is None or run.is_original:
             found = f"none, and {start} lies in no run that names them"
             raise ConfigError("graph_dir", "the graphs to fine-tune on", found, "name them with --graph-dir")
         paths = load_config(run.config_file).config.paths

@@ -25,7 +25,6 @@ from ..ground.core import CheckpointError, ConfigError, held, plain, read_json, 
 from ..ground.files import find_file
 from ..ground.settings import Config
 from .parameters import PATH_PARAMETERS, PipelineParameters
-from ..runs.original import is_original
 from ..runs.record import RunDirectory
 from ..sweep.manifest import Job, load_manifest, plan_jobs
 
@@ -131,7 +130,7 @@ def name_for_checkpoint(
 ) -> str:
     "The run that holds a checkpoint, else the file's stem."
     run = RunDirectory.of_checkpoint(checkpoint)
-    return run.name if run.metadata_file.is_file() or is_original(run.path) else checkpoint.stem
+    return run.name if run.exists else checkpoint.stem
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-044
 def _check_settled(pipeline: Pipeline) -> None:

@@ -186,7 +186,7 @@ def snapshots(
         if seen is not None:
             time.sleep(interval)
         try:
-            seen = snapshot(run, rows)
+            seen = snapshot(RunDirectory(run.path), rows)  # what was half-written may be another stack's
         except TopoqaError:
             if seen is None or forgiven:
                 raise

@@ -284,12 +284,10 @@ def _value(mapping: object, key: str) -> object:
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-048
 def adopt(
-    path: str | Path,  # a directory
-) -> tuple[dict[str, object], pd.DataFrame] | None:  # metadata and metrics; None when it is no original run
+    path: str | Path,  # a run of the original stack, see `is_original`
+) -> tuple[dict[str, object], pd.DataFrame]:  # metadata and metrics
     "An old run in the form of ours. Raises an error of the `TopoqaError` family when its files are damaged."
     path = Path(path)
-    if not is_original(path):
-        return None
     file = path / "run_metadata.json"
     found = read_json(file, RunError) if file.exists() else {}
     settings = original_settings(path)

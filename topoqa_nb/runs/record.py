@@ -8,11 +8,13 @@ __all__ = ['ENDED', 'RunDirectory', 'initial_metadata', 'Selection', 'Checkpoint
            'merged', 'update_metadata', 'check_not_original']
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-003
+import os
 import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -34,7 +36,7 @@ from ..ground.settings import Config, wrong_value
 from .original import adopt, is_original
 from .selection import BEST, METRICS
 
-# %% ../../nbs/3_runs/32_record.ipynb #32-008
+# %% ../../nbs/3_runs/32_record.ipynb #32-100
 class _Place:
     "A path inside a run directory."
 
@@ -44,7 +46,7 @@ class _Place:
     def __get__(self, run: "RunDirectory | None", owner: type) -> "Path | _Place":
         return self if run is None else run.path.joinpath(*self.parts)
 
-
+# %% ../../nbs/3_runs/32_record.ipynb #32-008
 @dataclass(frozen=True)
 class RunDirectory:
     "The places inside one run."
@@ -72,6 +74,16 @@ class RunDirectory:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @cached_property
+    def is_original(self) -> bool:
+        "Did the original stack write it? Nobody else decides this; the answer stays for the life of this object."
+        return is_original(self.path)
+
+    @property
+    def exists(self) -> bool:
+        "Is there a run, of this package or of the original stack?"
+        return os.path.lexists(self.metadata_file) or self.is_original
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-011
 ENDED = ("completed", "interrupted", "failed")  # statuses of a run that has ended
@@ -327,8 +339,7 @@ def read_record(
     "What is known of a run. Raises `RunError` when its metadata are missing or damaged."
     run = run if isinstance(run, RunDirectory) else RunDirectory(Path(run))
     _refuse_large(run.metadata_file)
-    adopted = adopt(run.path)
-    return record_of(adopted[0], run.metadata_file) if adopted else _own_record(run)
+    return record_of(adopt(run.path)[0], run.metadata_file) if run.is_original else _own_record(run)
 
 
 def _own_record(run: RunDirectory) -> RunRecord:
@@ -377,7 +388,7 @@ def update_metadata(
 
 def check_not_original(run: RunDirectory) -> None:
     "Raise `RunError` for a run of the original stack, which is only read."
-    if is_original(run.path):
+    if run.is_original:
         fix = "start a new run from its checkpoint with --resume-from"
         found = "a run of the original stack, which is only read"
         raise RunError(run.path, "a run of this package", found, fix)

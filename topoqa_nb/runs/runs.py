@@ -29,7 +29,7 @@ from topoqa_nb.ground.core import (
     write_text,
 )
 from ..ground.settings import Config
-from .original import adopt, is_original, read_table
+from .original import adopt, read_table
 from topoqa_nb.runs.record import (
     RunDirectory,
     RunRecord,
@@ -143,8 +143,8 @@ def read_metrics(
     run: RunDirectory,
 ) -> pd.DataFrame:  # METRIC_COLUMNS, one row an epoch; no rows before the first epoch
     "The metrics of a run. Raises `RunError` when the file is damaged or half-written."
-    if adopted := adopt(run.path):
-        return adopted[1].reindex(columns=METRIC_COLUMNS)
+    if run.is_original:
+        return adopt(run.path)[1].reindex(columns=METRIC_COLUMNS)
     if not run.metrics_file.exists():
         return pd.DataFrame(columns=METRIC_COLUMNS, dtype=float).astype(_WHOLE_NUMBERS)
     table = read_table(run.metrics_file)
@@ -224,12 +224,12 @@ def list_runs(
     runs = [
         RunDirectory(entry) for entry in folders if not entry.name.startswith(".") and not entry.is_symlink()
     ]
-    return sorted((run for run in runs if _is_run(run.path)), key=lambda run: run.name)
+    return sorted((run for run in runs if _is_run(run)), key=lambda run: run.name)
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run(run: RunDirectory) -> bool:
     try:
-        return os.path.lexists(folder / "run_metadata.json") or is_original(folder)
+        return run.exists
     except PermissionError:  # perhaps it is one; whoever reads it will say what is wrong
         return True
 
@@ -246,8 +246,9 @@ def find_run(
     places = [Path(root) / run_id, Path(root) / "history" / run_id, Path(run_id)]
     found = [place for place in places if place.is_dir()]
     for place in found:
-        if _is_run(place):
-            return RunDirectory(place.resolve() if place.is_symlink() else place.absolute())
+        run = RunDirectory(place.resolve() if place.is_symlink() else place.absolute())
+        if _is_run(run):
+            return run
     if found:
         fix = "give the folder of a run, not a folder inside or above it"
         raise RunError(found[0], "a run directory", "a folder without run_metadata.json", fix)
