@@ -246,13 +246,13 @@ def test_the_demo_is_learnt_and_shuffled_labels_are_not(demo_set, tmp_path):
     "Judged by the last epoch: the best of many epochs would flatter a model that learnt nothing."
     assert demo_spearman(demo_set, demo_set.train_labels, tmp_path / "true") > 0.5
     table, shuffled = pd.read_csv(demo_set.train_labels), []
-    for seed in range(8):  # six validation targets scatter, with a standard deviation of 0.20 to 0.24
+    for seed in range(4):  # six validation targets scatter, with a standard deviation of 0.20 to 0.24
         labels = table.assign(dockq=np.random.default_rng(seed).permutation(table["dockq"]))
         labels.to_csv(tmp_path / f"shuffled_{seed}.csv", index=False)
         shuffled.append(
             demo_spearman(demo_set, tmp_path / f"shuffled_{seed}.csv", tmp_path / f"false_{seed}")
         )
-    assert abs(np.mean(shuffled)) < 0.3, shuffled  # nearly four standard errors of the mean of eight
+    assert abs(np.mean(shuffled)) < 0.3, shuffled  # more than two standard errors of the mean of four
 
 
 # Values that no training can use, refused before there is a run.
