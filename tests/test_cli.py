@@ -494,6 +494,9 @@ def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
     }
     for name, field in PipelineParameters.model_fields.items():
         option = f"--{singular.get(name, name).replace('_', '-')}"
+        if name == "executor":  # shown when there is a second one that works
+            assert option not in shown
+            continue
         assert re.search(rf"{option} .*{re.escape(field.description)}", shown), name
 
 

@@ -67,8 +67,7 @@ def load_weights(
     model: TopoQANet,  # changed in place
     weights: Mapping[str, Tensor],  # a state dict
     where: object,  # the file, for the message
-    names: Mapping[str, str]
-    | None = None,  # our name of a parameter -> its name in `weights`; None: the same
+    names: Mapping[str, str] | None = None,  # our name -> its name in `weights`; None: the same
 ) -> TopoQANet:  # the same model
     "Fill a network, all parameters or none. Raises `CheckpointError`."
     own = model.state_dict()
@@ -155,9 +154,7 @@ def _foreign_state(
 # %% ../../nbs/2_network/23_weights.ipynb #23-018
 def _shape_settings(
     weights: Mapping[str, Tensor],  # by published names
-) -> tuple[
-    FeatureSchema, dict[str, object]
-]:  # all that is known of the features, and the arguments of `TopoQANet` that shapes tell
+) -> tuple[FeatureSchema, dict[str, object]]:  # and the arguments of `TopoQANet` that shapes tell
     "Read the size of a published network from its tensors. Raises `KeyError` or `ValueError` on other layouts."
     hidden_dim, node_width = weights[_LANDMARK].shape
     _, heads, _ = weights[f"{_PUBLISHED['layers.0.attention']}.att"].shape

@@ -38,7 +38,7 @@ MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 class Volume:
     "A place in memory; `path` and `device` are filled in as they become known."
 
-    kind: Literal["directory", "tmpfs mount", "disk image"]
+    kind: Literal["directory", "tmpfs mount", "disk image"]  # what has to be undone
     path: Path | None = None  # where files go
     device: str | None = None  # of a disk image
 

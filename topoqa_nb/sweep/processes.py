@@ -174,7 +174,7 @@ def serve(
 class Forked:
     "A copy of the server."
 
-    pid: int
+    pid: int  # number of the process
     listen: Callable[..., bool]  # of its `_ServerProcess`
     returncode: int | None = None  # exit code, or minus the signal that ended it
 
