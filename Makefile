@@ -34,7 +34,7 @@ demo: $(STAMP) ## train the whole pipeline on synthetic data, in a fresh folder 
 
 test: lint ## lint, run every page, run the tests
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-faults: $(STAMP) ## kill runs at every change of the file system, and resume them; takes a quarter of an hour
 	TOPOQA_KILL_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py

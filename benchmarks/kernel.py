@@ -23,9 +23,10 @@ from torch.nn import functional
 from torch_geometric.data import Batch, Data
 
 from topoqa_nb.data.graphs import list_graphs, read_graph
+from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.network.attention import attend, attention_layer, order_edges
 from topoqa_nb.network.kernels import KERNELS, find_numba
-from topoqa_nb.network.model import TopoQANet, widths
+from topoqa_nb.network.model import TopoQANet
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -89,7 +90,8 @@ def layer_pass(batch: Batch, arguments: argparse.Namespace, kernel: str) -> Call
 def training_step(batch: Batch, arguments: argparse.Namespace, kernel: str) -> Callable[[], None]:
     "The whole network: forward, loss, backward, Adam."
     sizes = {"hidden_dim": arguments.hidden, "attention_head": arguments.heads}
-    model = TopoQANet(widths(batch.x.shape[1], batch.edge_attr.shape[1]), **sizes)
+    schema = FeatureSchema(EdgeSchema(batch.edge_attr.shape[1]), NodeSchema(batch.x.shape[1]))
+    model = TopoQANet(schema, **sizes)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.005)
     dockq = torch.rand(batch.num_graphs)
 

@@ -28,10 +28,11 @@ from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 
 from topoqa_nb.data.batches import EpochBatches
+from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.settings import Config
 from topoqa_nb.network.attention import EdgeOrder
-from topoqa_nb.network.model import TopoQANet, widths
+from topoqa_nb.network.model import TopoQANet
 from topoqa_nb.training.devices import lightning_precision
 from topoqa_nb.training.module import window_scale
 
@@ -174,7 +175,8 @@ def fit(
     sample = parts[0][0]
     loading, trainer = config.dataloader, config.trainer
     torch.manual_seed(loading.seed)
-    model = OriginalNet(widths(sample.x.shape[1], sample.edge_attr.shape[1]), **config.model.model_dump())
+    schema = FeatureSchema(EdgeSchema(sample.edge_attr.shape[1]), NodeSchema(sample.x.shape[1]))
+    model = OriginalNet(schema, **config.model.model_dump())
     torch.manual_seed(loading.seed)
     orders = [EpochBatches(len(part), loading.batch_size, part is parts[0], loading.seed) for part in parts]
     loaders = [

@@ -1,10 +1,15 @@
 """What several tests share."""
 
 import functools
+import importlib.util
 import inspect
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +20,19 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes share the cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+# What takes long to make and is only looked at: the tests of one such thing go to one worker, which makes it once.
+MADE_ONCE = ("attempts", "empty_database", "real", "root", "sound_tree", "sweep", "wheel")
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks afterwards
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            for name in MADE_ONCE:
+                if name in item.fixturenames:
+                    item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +63,48 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> "DemoPaths":
     from topoqa_nb.data.tiny import write_tiny_dataset  # with torch, after its threads are set
 
     return write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "data", targets=3, decoys=4)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    "A data set of 12 decoys and the overrides that train on it."
+    from topoqa_nb.data.tiny import write_tiny_dataset
+
+    demo = write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "set")
+    return {
+        "paths.graph": str(demo.graph_dir),
+        "paths.train_labels": str(demo.train_labels),
+        "paths.val_labels": str(demo.val_labels),
+        "dataloader.batch_size": 2,
+        "trainer.accumulate_grad_batches": 1,
+        "model.hidden_dim": 8,
+        "model.attention_head": 2,
+        "trainer.num_epochs": 2,
+    }
+
+
+@functools.cache
+def module_of(path: str) -> ModuleType:
+    "A file of the repository that belongs to no package, as a module."
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def forked(work: Callable, *arguments: object) -> ForkProcess:
+    "A process that does some work with all that this one has imported, and ends with what it gives to `sys.exit`."
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def speak_into(out: int, err: int) -> None:
+    "In a forked process: what it says goes to these descriptors, as if it had been started with them."
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
 def is_running(number: int) -> bool:

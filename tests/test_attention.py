@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 
+from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import ConfigError, DataError
@@ -33,7 +34,7 @@ from topoqa_nb.network.kernels import (
     on_arrays,
     padded_rows,
 )
-from topoqa_nb.network.model import TopoQANet, widths
+from topoqa_nb.network.model import TopoQANet
 from topoqa_nb.runs.runs import read_metrics
 from topoqa_nb.training.training import train
 
@@ -447,10 +448,11 @@ import sys
 {before}
 import torch
 from torch_geometric.data import Data
+from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.network.kernels import choose_kernel
-from topoqa_nb.network.model import TopoQANet, widths
+from topoqa_nb.network.model import TopoQANet
 torch.manual_seed(0)
-model = TopoQANet(widths(5, 3), hidden_dim=8, attention_head=2).eval()
+model = TopoQANet(FeatureSchema(EdgeSchema(3), NodeSchema(5)), hidden_dim=8, attention_head=2).eval()
 graph = Data(x=torch.randn(6, 5), edge_index=torch.randint(6, (2, 18)), edge_attr=torch.randn(18, 3))
 print(choose_kernel(), round(model(graph).item(), 6))
 """
@@ -537,7 +539,11 @@ def test_all_kernels_give_the_network_the_same_scores_and_gradients(monkeypatch)
     stored.edge_index = batch.edge_index[:, stored.edge_order]
     stored.edge_attr = batch.edge_attr[stored.edge_order]
     torch.manual_seed(0)
-    model = TopoQANet(widths(5, 3), hidden_dim=8, attention_head=3, num_layers=3).double().train()
+    model = (
+        TopoQANet(FeatureSchema(EdgeSchema(3), NodeSchema(5)), hidden_dim=8, attention_head=3, num_layers=3)
+        .double()
+        .train()
+    )
 
     def results(kernel, graphs):
         monkeypatch.setenv("TOPOQA_KERNEL", kernel)

@@ -1,28 +1,19 @@
 """The book follows from the pages: their order, titles, formulas and links, and an index of what they export."""
 
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import pytest
+from conftest import module_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def load_hooks() -> ModuleType:
-    "What mkdocs calls, as a module; its folder is not a package."
-    spec = importlib.util.spec_from_file_location("book_hooks", REPOSITORY / "docs" / "hooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks = load_hooks()
+hooks = module_of("docs/hooks.py")
 
 
 def written(formula: str, on_its_own_line: bool) -> str:

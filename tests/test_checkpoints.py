@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import run_once, tiny  # noqa: F401
+from test_training import run_once
 
 from topoqa_nb.ground.core import CheckpointError
 from topoqa_nb.network.weights import read_checkpoint
@@ -17,7 +17,7 @@ from topoqa_nb.training.module import TopoQAModule
 from topoqa_nb.training.resume import resume
 
 
-def started(tiny, place: Path, way: str, dropout: float) -> RunDirectory:  # noqa: F811
+def started(tiny, place: Path, way: str, dropout: float) -> RunDirectory:
     "A training that began in one of the four ways."
     settings = {"model__dropout": dropout, "trainer__num_epochs": 2}
     if "fine-tune" in way:
@@ -30,7 +30,7 @@ def started(tiny, place: Path, way: str, dropout: float) -> RunDirectory:  # noq
 
 
 @pytest.mark.parametrize("way", ["fresh", "fine-tune", "resumed", "resumed fine-tune"])
-def test_every_way_to_start_trains_with_dropout(tiny, tmp_path, way, monkeypatch):  # noqa: F811
+def test_every_way_to_start_trains_with_dropout(tiny, tmp_path, way, monkeypatch):
     step, modes = TopoQAModule.training_step, set()
 
     def noting_modes(self, *arguments):
@@ -46,7 +46,7 @@ def test_every_way_to_start_trains_with_dropout(tiny, tmp_path, way, monkeypatch
 
 
 @pytest.mark.parametrize("where", ["run name", "run root"])
-def test_double_colons_in_names_are_not_urls(tiny, tmp_path, where, monkeypatch):  # noqa: F811
+def test_double_colons_in_names_are_not_urls(tiny, tmp_path, where, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "outside").write_text("untouched")
     name, root = ("a::file:outside", "runs") if where == "run name" else ("run", "ru::ns")
@@ -58,7 +58,7 @@ def test_double_colons_in_names_are_not_urls(tiny, tmp_path, where, monkeypatch)
     assert read_checkpoint(run.checkpoints / "last.chkpt")["epoch"] == 2
 
 
-def test_checkpoints_need_no_temporary_folder(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_checkpoints_need_no_temporary_folder(tiny, tmp_path, monkeypatch):
     "It is lost after the network was made, which needs it."
     start = TopoQAModule.on_train_epoch_start
 
@@ -77,7 +77,7 @@ def kept(run: RunDirectory) -> dict[str, int]:
     return {path.name: read_checkpoint(path)["epoch"] for path in run.checkpoints.glob("*.chkpt")}
 
 
-def test_a_checkpoint_that_cannot_be_read_back_replaces_nothing(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_checkpoint_that_cannot_be_read_back_replaces_nothing(tiny, tmp_path, monkeypatch):
     "The disk loses what is written from the third epoch on."
     save = torch.save
 
@@ -104,7 +104,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def test_a_full_disk_loses_no_checkpoint_that_was_good(tiny, tmp_path):  # noqa: F811
+def test_a_full_disk_loses_no_checkpoint_that_was_good(tiny, tmp_path):
     "A limit on the size of a file, below that of a checkpoint: the run goes on where its checkpoints fit."
     run = run_once(tiny, tmp_path, trainer__num_epochs=3)
     before = kept(run)

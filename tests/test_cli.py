@@ -5,14 +5,16 @@ import io
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import yaml
+from conftest import forked, in_turn, speak_into
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
@@ -274,28 +276,32 @@ def test_labels_without_their_columns(header: str, part: str, demo: DemoPaths, t
     assert part in err
 
 
+def speaking(arguments: list[str], folder: Path, out: int, err: int) -> None:
+    "As a process: a command that works in a folder and speaks into pipes."
+    speak_into(out, err)
+    os.chdir(folder)
+    sys.exit(main(arguments))
+
+
+def start(*arguments: object, folder: Path, same_pipe: bool = False) -> tuple[ForkProcess, TextIO, TextIO]:
+    "A command in a process of its own, and what it says; standard error may go where standard output goes."
+    (out, said), (err, told) = os.pipe(), os.pipe()
+    process = forked(speaking, [*map(str, arguments)], folder, said, said if same_pipe else told)
+    os.close(said)
+    os.close(told)
+    return process, os.fdopen(out), os.fdopen(err)
+
+
 def test_a_sigterm_ends_a_run_with_143(demo: DemoPaths, tmp_path: Path):
     long = ["--override", "num_epochs=100000", "--override", "early_stopping_patience=100000"]
-    words = [
-        "run",
-        "--config",
-        "config.yaml",
-        "--run-name",
-        "a",
-        "--output-root",
-        tmp_path,
-        *on_tiny_data(demo),
-        *long,
-    ]
-    command = [sys.executable, "-m", "topoqa_nb.cli", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("Epoch 000"):
-            process.send_signal(signal.SIGTERM)
-            break
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Traceback" not in err
+    words = ["run", "--config", "config.yaml", "--run-name", "a", "--output-root", tmp_path]
+    process, out, err = start(*words, *on_tiny_data(demo), *long, folder=tmp_path)
+    with out, err:
+        assert any(line.startswith("Epoch 000") for line in out)
+        process.terminate()
+        assert "Traceback" not in out.read() + err.read()
+    process.join(timeout=60)
+    assert process.exitcode == 143
     assert read_metadata(tmp_path / "a")["status"] == "interrupted"
 
 
@@ -488,6 +494,9 @@ def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
     }
     for name, field in PipelineParameters.model_fields.items():
         option = f"--{singular.get(name, name).replace('_', '-')}"
+        if name == "executor":  # shown when there is a second one that works
+            assert option not in shown
+            continue
         assert re.search(rf"{option} .*{re.escape(field.description)}", shown), name
 
 
@@ -620,17 +629,33 @@ UMLAUTS = [
 ]  # fmt: skip
 
 
+# Each command in a copy of one process, which has imported what they need.
+ONE_BY_ONE = """
+import os, sys
+import topoqa_nb.training.training
+from topoqa_nb.cli import main
+for number, command in enumerate(sys.argv[1:]):
+    if (child := os.fork()) == 0:
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"said_{number}.{descriptor}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        sys.exit(main(command.split()))
+    sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])} ")
+"""
+
+
 @pytest.mark.parametrize("environment", ASCII, ids=["ascii", "C"])
 def test_a_console_that_knows_ascii_alone_shows_everything(umlauts, environment):
     "In the locale C Python cannot open every path, either: that is one line."
-    for command in UMLAUTS:
-        done = subprocess.run(
-            [sys.executable, "-m", "topoqa_nb.cli", *command.split()],
-            cwd=umlauts, env=os.environ | environment, capture_output=True,
-        )  # fmt: skip
-        told = done.returncode == 2 and done.stderr.splitlines()[-1].startswith(b"topoqa: error: ")
-        assert done.returncode == 0 or (told and "LC_ALL" in environment), (command, done.stderr.decode())
-        assert b"Traceback" not in done.stderr and done.stdout.isascii() and done.stderr.isascii()
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_BY_ONE, *UMLAUTS],
+        cwd=umlauts, env=os.environ | environment, capture_output=True, check=True,
+    )  # fmt: skip
+    codes = [int(code) for code in done.stdout.split()]
+    for number, (command, code) in enumerate(zip(UMLAUTS, codes, strict=True)):
+        out, err = ((umlauts / f"said_{number}.{descriptor}").read_bytes() for descriptor in (1, 2))
+        told = code == 2 and err.splitlines()[-1].startswith(b"topoqa: error: ")
+        assert code == 0 or (told and "LC_ALL" in environment), (command, err.decode())
+        assert b"Traceback" not in err and out.isascii() and err.isascii()
 
 
 @pytest.mark.parametrize("argument", [b"--run-name=\xff", b"--output-root=\xe4", b"--override=save_dir=\xe4"])
@@ -642,30 +667,23 @@ def test_bytes_that_are_no_text_are_one_line(tmp_path, argument):
     assert not any(tmp_path.iterdir())
 
 
-def read_first_line(*arguments: object, folder: Path, errors: int = subprocess.PIPE) -> tuple[int, str, str]:
+def read_first_line(*arguments: object, folder: Path, same_pipe: bool = False) -> tuple[int, str, str]:
     "Exit code, first line and stderr of a command whose reader leaves after one line."
-    command = [sys.executable, "-m", "topoqa_nb.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
-    first = process.stdout.readline()
-    process.stdout.close()
-    said = process.stderr.read() if process.stderr else ""
-    return process.wait(), first, said
+    process, out, err = start(*arguments, folder=folder, same_pipe=same_pipe)
+    with out:
+        first = out.readline()
+    with err:
+        said = err.read()
+    process.join()
+    return process.exitcode, first, said
 
 
-@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT], ids=["apart", "same pipe"])
-def test_a_training_goes_on_when_its_reader_leaves(demo, tmp_path, errors):
-    arguments = [
-        "run",
-        "--config",
-        "config.yaml",
-        "--output-root",
-        "runs",
-        "--run-name",
-        "a",
-        *on_tiny_data(demo),
-    ]
-    code, first, said = read_first_line(*arguments, folder=tmp_path, errors=errors)
-    run = find_run(tmp_path / "runs", "a")
+@in_turn("same_pipe", [False, True])
+def test_a_training_goes_on_when_its_reader_leaves(demo, tmp_path, same_pipe):
+    root = tmp_path / f"runs_{same_pipe}"
+    arguments = ["run", "--config", "config.yaml", "--output-root", root, "--run-name", "a"]
+    code, first, said = read_first_line(*arguments, *on_tiny_data(demo), folder=tmp_path, same_pipe=same_pipe)
+    run = find_run(root, "a")
     assert (code, said) == (0, "") and first
     assert read_metadata(run)["status"] == "completed"
     console = run.console_file.read_text()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from kills import killed_at
-from test_training import run_once, tiny  # noqa: F401
+from test_training import run_once
 
 from topoqa_nb.network.weights import read_checkpoint
 from topoqa_nb.runs.record import RunDirectory, read_metadata
@@ -63,7 +63,7 @@ def kill_everywhere(folder: Path, begin, go_on, expected: dict, first: int = 0) 
 
 
 @pytest.mark.parametrize("mode", ["fresh", "fine-tune", "fine-tune that beats nothing"])
-def test_a_run_killed_anywhere_and_resumed_is_as_if_it_had_not_been(tiny, tmp_path, mode):  # noqa: F811
+def test_a_run_killed_anywhere_and_resumed_is_as_if_it_had_not_been(tiny, tmp_path, mode):
     parent = run_once(tiny, tmp_path / "parents", trainer__num_epochs=3) if mode != "fresh" else None
     settings = {"trainer__num_epochs": 4, "resume_from": parent and parent.checkpoints / "best.ckpt"}
     if mode == "fine-tune that beats nothing":
@@ -83,7 +83,7 @@ def go_on(run: RunDirectory, checkpoint: object) -> None:
         resume(run, checkpoint=checkpoint)
 
 
-def test_a_resume_that_goes_back_is_safe_as_well(tiny, tmp_path):  # noqa: F811
+def test_a_resume_that_goes_back_is_safe_as_well(tiny, tmp_path):
     "The kill falls into the resume; the next one, from `last`, ends as the resume would have."
     source = run_once(tiny, tmp_path / "source", trainer__num_epochs=6)
     files = [path for path in source.checkpoints.glob("checkpoint*") if not path.is_symlink()]

@@ -1,28 +1,18 @@
 """Every check of `make lint` accepts a sound tree and can fail."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import nbformat
 import pytest
-from conftest import in_turn
+from conftest import in_turn, module_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def load_lint() -> ModuleType:
-    "The checks, as a module; their folder is not a package."
-    spec = importlib.util.spec_from_file_location("house_lint", REPOSITORY / ".ci" / "lint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lint = load_lint()
+lint = module_of(".ci/lint.py")
 
 
 def write_notebook(path: Path, *sources: str, tags: list[str] | None = None, leads_to: str = "") -> None:

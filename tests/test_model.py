@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GATv2Conv
 
+from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.ground.core import CheckpointError, ConfigError, SchemaError
-from topoqa_nb.network.model import EdgeUpdate, TopoQANet, pool, widths
+from topoqa_nb.network.model import EdgeUpdate, TopoQANet, pool
 from topoqa_nb.network.weights import load_foreign_weights, load_weights, published_names, read_checkpoint
 
 NODE_WIDTH, EDGE_WIDTH = 5, 3
+SCHEMA = FeatureSchema(EdgeSchema(EDGE_WIDTH), NodeSchema(NODE_WIDTH))
 POOLINGS = ("mean", "add", "max")
 
 
@@ -40,7 +42,8 @@ def make_model(
     "A small network with random weights, its last layer scaled so that scores spread over (0, 1)."
     torch.manual_seed(seed)
     sizes = {"hidden_dim": 8, "attention_head": 2} | options
-    model = TopoQANet(widths(NODE_WIDTH, edge_width, use_layer_norm), **sizes).double().eval()
+    edge = EdgeSchema(edge_width, use_layer_norm=use_layer_norm)
+    model = TopoQANet(FeatureSchema(edge, NodeSchema(NODE_WIDTH)), **sizes).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
@@ -279,7 +282,7 @@ def test_one_seed_gives_one_set_of_weights():
 
 def make_seeded(seed: int) -> TopoQANet:
     torch.manual_seed(seed)
-    return TopoQANet(widths(NODE_WIDTH, EDGE_WIDTH))
+    return TopoQANet(SCHEMA)
 
 
 def test_the_schema_decides_about_layer_norm():
@@ -293,7 +296,7 @@ def test_the_schema_decides_about_layer_norm():
 @in_turn("key, value", [("pooling_type", "median"), ("edge_encoder", "transformer")])
 def test_unknown_settings_are_refused(key, value):
     with pytest.raises(ConfigError, match=f"model.{key}.*found {value}"):
-        TopoQANet(widths(NODE_WIDTH, EDGE_WIDTH), **{key: value})
+        TopoQANet(SCHEMA, **{key: value})
 
 
 # Batches of another build.

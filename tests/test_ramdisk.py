@@ -15,6 +15,7 @@ import nbformat
 import psutil
 import pytest
 
+from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
 from topoqa_nb.ground import machine
 from topoqa_nb.ground.core import (
@@ -33,7 +34,7 @@ from topoqa_nb.pipeline.plan import DEMO_PHASES, settle
 from topoqa_nb.ramdisk import modes, ramdisk, staging
 from topoqa_nb.ramdisk import volume as volume_page
 from topoqa_nb.ramdisk.modes import asked_pipeline, check_place, settled_parameters
-from topoqa_nb.ramdisk.ramdisk import compare, open_comparison, write_report
+from topoqa_nb.ramdisk.ramdisk import compare, open_comparison
 from topoqa_nb.ramdisk.ramdisk_report import conclusion
 from topoqa_nb.ramdisk.staging import (
     RamdiskSettings,
@@ -570,6 +571,17 @@ def test_test_mode_reads_the_source_itself_and_says_so(run, stand_in, tiny, name
     assert volumes(name) == []
 
 
+def test_test_mode_is_told_on_the_command_line(stand_in, tiny, manifest, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SAFE_RAMDISK_TEST_MODE", "1")
+    monkeypatch.setattr(ramdisk, "write_report", lambda record: record.with_suffix(".html"))
+    options = ["--graph-dir", str(tiny.graph_dir), "--manifest", str(manifest), "--skip-baseline"]
+    assert main(["ramdisk", *options, "--", "--run-root", str(tmp_path / "runs"), "--fast-dev-run"]) == 0
+    assert "Test mode: nothing was staged" in capsys.readouterr().out
+    (record,) = (tmp_path / "runs" / "ramdisk_benchmarks").glob("*.json")
+    assert read_json(record)["test_mode"] is True
+    assert [each["parameters"].fast_dev_run for each in stand_in] == [True]
+
+
 def test_graph_dir_of_the_environment_is_used_unless_told_otherwise(settings, tiny, tmp_path):
     environment = {"GRAPH_DIR": str(tiny.graph_dir)}
     other = str(tmp_path / "other")
@@ -727,24 +739,3 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name(monkeypatch):
 def test_a_record_that_is_missing_is_one_line(tmp_path):
     with pytest.raises(RunError, match="no such file"):
         open_comparison({"record": str(tmp_path / "none.json")})
-
-
-@needs_shm
-def test_two_real_pipelines_and_their_report(run, name):
-    record = run(values={"skip_fine": True, "fast_dev_run": True})
-    scores = [each["score"] for each in record["measurements"]]
-    assert scores[0] == scores[1], "where the graphs lie changes no number"
-    assert all(each["first_epoch_seconds"] > 0 for each in record["measurements"])
-    assert all(each["packing_seconds"] > 0 and each["opening_seconds"] > 0 for each in record["measurements"])
-    assert volumes(name) == []
-    page = write_report(Path(record["file"]))
-    outputs = [
-        output
-        for cell in nbformat.read(page.with_suffix(".ipynb"), 4).cells
-        for output in cell.get("outputs", [])
-    ]
-    assert not [
-        output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"
-    ]
-    assert [output for output in outputs if "image/png" in output.get("data", {})]
-    assert "first opening" in page.read_text(encoding="utf-8")

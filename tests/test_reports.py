@@ -12,7 +12,7 @@ from topoqa_nb.data.batches import load_split
 from topoqa_nb.data.schema import resolve_schema
 from topoqa_nb.data.store import open_store
 from topoqa_nb.data.tiny import write_tiny_dataset
-from topoqa_nb.network.metrics import baseline_scores, pooled_features
+from topoqa_nb.network.baselines import baseline_scores, pooled_features
 from topoqa_nb.pipeline.figures import plot_labels, plot_learning_curves, plot_phases, plot_predictions
 from topoqa_nb.pipeline.reports import (
     comparison_table,

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from test_training import run_once, start_slow_run, tiny  # noqa: F401
+from test_training import run_once, start_slow_run
 
 from topoqa_nb.data.dataset import open_data
 from topoqa_nb.ground.config import load_config
@@ -18,7 +18,6 @@ from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
 from topoqa_nb.runs.runs import read_metrics
 from topoqa_nb.training.module import TopoQAModule
 from topoqa_nb.training.resume import resume
-from topoqa_nb.training.training import train
 
 
 def weights(run):
@@ -31,7 +30,7 @@ def assert_equal_runs(one, other):
 
 
 @pytest.mark.parametrize("scheduler", ["reduce_on_plateau", "none"])
-def test_resuming_from_last_continues_exactly(tiny, tmp_path, scheduler):  # noqa: F811
+def test_resuming_from_last_continues_exactly(tiny, tmp_path, scheduler):
     "With a scheduler that acts in between, and early stopping that counts across the stop."
     settings = {"scheduler__type": scheduler, "scheduler__patience": 0, "early_stopping__patience": 3}
     whole = run_once(tiny, tmp_path / "a", trainer__num_epochs=9, **settings)
@@ -41,20 +40,19 @@ def test_resuming_from_last_continues_exactly(tiny, tmp_path, scheduler):  # noq
     assert read_metadata(part)["status"] == "completed"
 
 
-def test_a_killed_run_resumes_as_if_it_had_not_been(tiny, tmp_path):  # noqa: F811
+def test_a_killed_run_resumes_as_if_it_had_not_been(tiny, tmp_path):
     process = start_slow_run(tiny, tmp_path)
     process.kill()
-    process.wait(timeout=60)
+    process.join(timeout=60)
     killed = RunDirectory(tmp_path / "slow")
     epochs = len(read_metrics(killed)) + 2
     resume(killed, checkpoint="last", overrides={"trainer.num_epochs": epochs})
-    recipe = load_config(tmp_path / "recipe" / "run" / "config" / "config.yaml")
-    changes = {"trainer.num_epochs": epochs, "early_stopping.patience": 500}
-    whole = train(load_config(recipe.source, changes), run_name="whole", output_root=tmp_path / "whole")
+    changes = {"trainer__num_epochs": epochs, "early_stopping__patience": 500}
+    whole = run_once(tiny, tmp_path / "whole", **changes)
     assert_equal_runs(whole, killed)
 
 
-def test_resuming_from_an_earlier_epoch_sets_the_later_ones_aside(tiny, tmp_path):  # noqa: F811
+def test_resuming_from_an_earlier_epoch_sets_the_later_ones_aside(tiny, tmp_path):
     run = run_once(tiny, tmp_path, trainer__num_epochs=6)
     before, files = (
         run.metrics_file.read_text(),
@@ -72,7 +70,7 @@ def test_resuming_from_an_earlier_epoch_sets_the_later_ones_aside(tiny, tmp_path
     assert (entry["after_epoch"], entry["moved_to"]) == (epoch, "resumed/1")
 
 
-def test_a_fine_tune_that_never_beat_its_parent_resumes_from_the_parent(tiny, tmp_path):  # noqa: F811
+def test_a_fine_tune_that_never_beat_its_parent_resumes_from_the_parent(tiny, tmp_path):
     parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=6)
     settings = {"resume_from": parent.checkpoints / "best.ckpt", "optimizer__learning_rate": 0.5}
     child = run_once(tiny, tmp_path, "child", trainer__num_epochs=2, **settings)
@@ -83,14 +81,14 @@ def test_a_fine_tune_that_never_beat_its_parent_resumes_from_the_parent(tiny, tm
     assert read_metadata(child)["lineage"]["mode"] == "fine-tune"
 
 
-def test_a_finished_run_needs_more_epochs(tiny, tmp_path):  # noqa: F811
+def test_a_finished_run_needs_more_epochs(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     with pytest.raises(RunError, match="raise the number with --override trainer.num_epochs=N"):
         resume(run, checkpoint="last")
     assert read_metadata(run)["status"] == "completed"
 
 
-def test_drift_is_named_field_by_field_and_can_be_accepted(tiny, tmp_path):  # noqa: F811
+def test_drift_is_named_field_by_field_and_can_be_accepted(tiny, tmp_path):
     copy = tmp_path / "set"
     shutil.copytree(tiny["paths.graph"], copy / "graph_data")
     for name in ("train.csv", "val.csv"):
@@ -111,7 +109,7 @@ def test_drift_is_named_field_by_field_and_can_be_accepted(tiny, tmp_path):  # n
     assert len(read_metrics(run)) == 4
 
 
-def test_workers_logging_and_length_are_no_drift(tiny, tmp_path):  # noqa: F811
+def test_workers_logging_and_length_are_no_drift(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     resume(
         run,
@@ -121,14 +119,14 @@ def test_workers_logging_and_length_are_no_drift(tiny, tmp_path):  # noqa: F811
     assert "lr=" in run.console_file.read_text().splitlines()[-2]
 
 
-def test_a_run_that_is_running_is_left_alone(tiny, tmp_path):  # noqa: F811
+def test_a_run_that_is_running_is_left_alone(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     update_metadata(run, status="running", environment={"process": this_process()})
     with pytest.raises(RunError, match="a run that has ended"):
         resume(run, overrides=["trainer.num_epochs=9"])
 
 
-def test_a_run_without_the_wanted_checkpoint_says_so(tiny, tmp_path):  # noqa: F811
+def test_a_run_without_the_wanted_checkpoint_says_so(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     with pytest.raises(CheckpointError, match="use best, last, or a file"):
         resume(run, checkpoint=tmp_path / "absent.chkpt", overrides=["trainer.num_epochs=9"])
@@ -144,7 +142,7 @@ def damaged(run, text):
 
 
 @pytest.mark.parametrize("damage", ["half-written", "a row gone"])
-def test_damaged_metrics_are_refused_before_anything_changes(tiny, tmp_path, damage):  # noqa: F811
+def test_damaged_metrics_are_refused_before_anything_changes(tiny, tmp_path, damage):
     run = run_once(tiny, tmp_path, trainer__num_epochs=3)
     lines = run.metrics_file.read_text().splitlines(keepends=True)
     broken = "".join(lines)[:-9] if damage == "half-written" else "".join(lines[:2] + lines[3:])
@@ -155,7 +153,7 @@ def test_damaged_metrics_are_refused_before_anything_changes(tiny, tmp_path, dam
     assert (run.metrics_file.read_bytes(), read_metadata(run)) == before
 
 
-def test_another_runs_checkpoint_is_refused(tiny, tmp_path):  # noqa: F811
+def test_another_runs_checkpoint_is_refused(tiny, tmp_path):
     one, other = (run_once(tiny, tmp_path, name) for name in ("one", "other"))
     longer = ["trainer.num_epochs=4"]
     with pytest.raises(
@@ -171,7 +169,7 @@ def test_another_runs_checkpoint_is_refused(tiny, tmp_path):  # noqa: F811
     assert len(read_metrics(one)) == 4
 
 
-def test_checkpoints_of_earlier_versions_are_known_by_their_place(tiny, tmp_path):  # noqa: F811
+def test_checkpoints_of_earlier_versions_are_known_by_their_place(tiny, tmp_path):
     run, other = (run_once(tiny, tmp_path, name) for name in ("run", "other"))
     for each in (run, other):
         content = read_checkpoint(each.checkpoints / "last.chkpt")
@@ -183,7 +181,7 @@ def test_checkpoints_of_earlier_versions_are_known_by_their_place(tiny, tmp_path
     assert len(read_metrics(run)) == 3
 
 
-def test_two_resumes_of_one_run_do_not_mix(tiny, tmp_path):  # noqa: F811
+def test_two_resumes_of_one_run_do_not_mix(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     before = run.metrics_file.read_bytes(), read_metadata(run)
     with held(run.path), pytest.raises(RunError, match="found one that another process is writing to"):
@@ -191,7 +189,7 @@ def test_two_resumes_of_one_run_do_not_mix(tiny, tmp_path):  # noqa: F811
     assert (run.metrics_file.read_bytes(), read_metadata(run)) == before
 
 
-def test_a_graph_changed_at_equal_size_and_time_is_drift(tiny, tmp_path):  # noqa: F811
+def test_a_graph_changed_at_equal_size_and_time_is_drift(tiny, tmp_path):
     copy = tmp_path / "graph_data"
     shutil.copytree(tiny["paths.graph"], copy)
     run = run_once(tiny, tmp_path / "runs", paths__graph=str(copy))
@@ -205,7 +203,7 @@ def test_a_graph_changed_at_equal_size_and_time_is_drift(tiny, tmp_path):  # noq
         resume(run, checkpoint="last", overrides=["trainer.num_epochs=3"])
 
 
-def test_a_fingerprint_of_an_earlier_version_is_still_known(tiny, tmp_path):  # noqa: F811
+def test_a_fingerprint_of_an_earlier_version_is_still_known(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     update_metadata(run, data={"fingerprint": open_data(load_config(run.config_file).config).fingerprints[1]})
     resume(run, checkpoint="last", overrides=["trainer.num_epochs=3"])
@@ -213,7 +211,7 @@ def test_a_fingerprint_of_an_earlier_version_is_still_known(tiny, tmp_path):  # 
 
 
 @pytest.mark.parametrize("damage", ["removed", "edited"])
-def test_metrics_lost_on_the_way_are_put_back(tiny, tmp_path, damage, monkeypatch):  # noqa: F811
+def test_metrics_lost_on_the_way_are_put_back(tiny, tmp_path, damage, monkeypatch):
     whole = run_once(tiny, tmp_path / "whole", trainer__num_epochs=4)
     start = TopoQAModule.on_train_epoch_start
 
@@ -231,7 +229,7 @@ def test_metrics_lost_on_the_way_are_put_back(tiny, tmp_path, damage, monkeypatc
     assert found.exists() is (damage == "edited") and (not found.exists() or found.read_text() == "mine\n")
 
 
-def test_a_run_of_another_host_needs_force(tiny, tmp_path):  # noqa: F811
+def test_a_run_of_another_host_needs_force(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     update_metadata(run, status="running", environment={"process": this_process() | {"host": "far-away"}})
     longer = ["trainer.num_epochs=3"]
@@ -244,7 +242,7 @@ def test_a_run_of_another_host_needs_force(tiny, tmp_path):  # noqa: F811
         resume(run, checkpoint="last", overrides=["trainer.num_epochs=4"], force=True)
 
 
-def test_an_early_stopped_run_has_no_epoch_left(tiny, tmp_path):  # noqa: F811
+def test_an_early_stopped_run_has_no_epoch_left(tiny, tmp_path):
     settings = {"early_stopping__patience": 1, "trainer__num_epochs": 40, "optimizer__learning_rate": 0.1}
     run = run_once(tiny, tmp_path, **settings)
     epochs = len(read_metrics(run))
@@ -257,7 +255,7 @@ def test_an_early_stopped_run_has_no_epoch_left(tiny, tmp_path):  # noqa: F811
     assert len(read_metrics(run)) > epochs
 
 
-def test_a_run_killed_after_its_last_epoch_is_finished_not_trained(tiny, tmp_path):  # noqa: F811
+def test_a_run_killed_after_its_last_epoch_is_finished_not_trained(tiny, tmp_path):
     run = run_once(tiny, tmp_path)
     rows = run.metrics_file.read_bytes()
     update_metadata(run, status="interrupted", completed=None)
@@ -266,7 +264,7 @@ def test_a_run_killed_after_its_last_epoch_is_finished_not_trained(tiny, tmp_pat
     assert "Every epoch was trained" in run.console_file.read_text()
 
 
-def test_an_interrupt_before_the_first_checkpoint_names_no_file(tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupt_before_the_first_checkpoint_names_no_file(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(TopoQAModule, "on_train_epoch_start", lambda module: signal.raise_signal(signal.SIGINT))
         run_once(tiny, tmp_path)

@@ -9,12 +9,15 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from conftest import in_turn
 
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import write_text
+from topoqa_nb.ground.machine import filesystem_type
+from topoqa_nb.ramdisk.volume import MEMORY_FILESYSTEMS, SHM
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPTS = REPOSITORY / "scripts"
@@ -356,13 +359,28 @@ def test_run_fine_tune_only_starts_from_the_best_run(real):
     assert [job["run_name"] for job in json.loads(shown)["jobs"]][0] == "first_phase1"
 
 
-def test_ramdisk_run_pipeline_in_test_mode(real):
-    variables = {"SAFE_RAMDISK_TEST_MODE": "1", "GRAPH_DIR": "data/graph_data", "SKIP_FINE": "1"}
-    options = ["--manifest", "one.yaml", "--skip-baseline", "--", "--fast-dev-run"]
-    shown = real("ramdisk_run_pipeline.sh", *options, **variables)
-    assert "Test mode: nothing was staged" in shown
-    (record,) = (real.folder / "training_runs" / "ramdisk_benchmarks").glob("*.json")
-    assert json.loads(record.read_text())["test_mode"] is True
+def test_ramdisk_run_pipeline_compares_two_real_pipelines(real):
+    if filesystem_type(SHM) not in MEMORY_FILESYSTEMS or not os.access(SHM, os.W_OK):
+        pytest.skip("needs a /dev/shm in memory that can be written")
+    name = f"topoqa-test-script-{os.getpid()}"
+    options = ["--manifest", "one.yaml", "--name", name, "--headroom", "16M", "--size", "64M"]
+    variables = {"GRAPH_DIR": "data/graph_data", "SKIP_FINE": "1", "SAFE_RAMDISK_TEST_MODE": "0"}
+    shown = real("ramdisk_run_pipeline.sh", *options, "--", "--fast-dev-run", **variables)
+    (file,) = (real.folder / "training_runs" / "ramdisk_benchmarks").glob("*.json")
+    record, page = json.loads(file.read_text()), file.with_suffix(".html")
+    assert f"report:  {page}" in shown
+    assert [each["mode"] for each in record["measurements"]] == ["baseline", "ramdisk"]
+    assert len({each["score"] for each in record["measurements"]}) == 1, (
+        "where the graphs lie changes no number"
+    )
+    for each in record["measurements"]:
+        assert min(each[f"{name}_seconds"] for name in ("first_epoch", "packing", "opening")) > 0
+    assert not list(SHM.glob(f"{name}*"))
+    cells = nbformat.read(page.with_suffix(".ipynb"), 4).cells
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [each for each in outputs if each.output_type == "error" or each.get("name") == "stderr"]
+    assert [each for each in outputs if "image/png" in each.get("data", {})]
+    assert "first opening" in page.read_text(encoding="utf-8")
 
 
 # --- python -m train_cli

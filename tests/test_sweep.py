@@ -17,13 +17,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from conftest import in_turn, is_running
+from conftest import forked, in_turn, is_running, speak_into
 
+from topoqa_nb import cli
 from topoqa_nb.data.dataset import locate_data
 from topoqa_nb.data.store import open_store
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
@@ -34,9 +36,10 @@ from topoqa_nb.ground.signals import Interrupted
 from topoqa_nb.network.weights import read_checkpoint
 from topoqa_nb.runs.record import RunDirectory, read_metadata
 from topoqa_nb.runs.runs import read_metrics
+from topoqa_nb.sweep import sweep as sweep_page
 from topoqa_nb.sweep.jobs import SweepResult, child_environment, job_slots, result_of, results_table
 from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs, training_command
-from topoqa_nb.sweep.processes import ForkServer
+from topoqa_nb.sweep.processes import PRELOADED, ForkServer
 from topoqa_nb.sweep.sweep import SweepInterrupted, completed_before, run_jobs
 from topoqa_nb.sweep.table import run_figures
 
@@ -280,16 +283,17 @@ def test_a_process_learns_how_many_share_the_cores_and_its_configuration_stays(
         "found = [thread_count('auto'), int(os.environ['OMP_NUM_THREADS']), torch.get_num_threads()];"
         "say('completed', found=found)"
     )
-    for slots in (1, 2):
-        folder, lines = tmp_path / str(slots), []
-        folder.mkdir()
-        jobs = plan(folder, demo, "ab"[:slots], overrides=["trainer.num_threads=auto"])
-        run_jobs(jobs, jobs=slots, command=stand_in(script), say=lines.append)
-        threads = max(1, available_cores() // slots)
-        assert [read_metadata(job.run)["found"] for job in jobs] == [[threads] * 3] * slots
-        jobs_text, threads_text = "job" + "s" * (slots > 1), "thread" + "s" * (threads > 1)
-        assert lines[0] == f"{slots} {jobs_text}, {slots} at a time, {threads} {threads_text} each"
-        assert "num_threads=1" not in " ".join(training_command(jobs[0]))
+    with ForkServer(PRELOADED) as server:
+        for slots in (1, 2):
+            folder, lines = tmp_path / str(slots), []
+            folder.mkdir()
+            jobs = plan(folder, demo, "ab"[:slots], overrides=["trainer.num_threads=auto"])
+            run_jobs(jobs, jobs=slots, command=stand_in(script), say=lines.append, server=server)
+            threads = max(1, available_cores() // slots)
+            assert [read_metadata(job.run)["found"] for job in jobs] == [[threads] * 3] * slots
+            jobs_text, threads_text = "job" + "s" * (slots > 1), "thread" + "s" * (threads > 1)
+            assert lines[0] == f"{slots} {jobs_text}, {slots} at a time, {threads} {threads_text} each"
+            assert "num_threads=1" not in " ".join(training_command(jobs[0]))
 
 
 # --- the graphs, before the first job
@@ -542,17 +546,18 @@ def test_signal_handlers_are_put_back(tmp_path: Path, demo: DemoPaths):
 
 # --- the table in a terminal
 
-# `topoqa batch` whose jobs are stand-ins: the second argument is what they execute.
-BATCH = f"""
-import functools, sys
-import topoqa_nb.cli
-import topoqa_nb.sweep.sweep as sweep
-topoqa_nb.cli.PRELOADED = ()  # a stand-in needs no PyTorch
-script = sys.argv.pop(1)
-command = lambda job: ["-c", {STAND_IN!r}, str(job.run.path), script]
-sweep.run_jobs = functools.partial(sweep.run_jobs, command=command)
-sys.exit(topoqa_nb.cli.main())
-"""
+
+def batch_of_stand_ins(terminal: int, script: str, arguments: list[str], environment: dict[str, str]) -> None:
+    "As a process whose terminal this is: `topoqa batch`, whose jobs execute the script."
+    os.login_tty(terminal)  # its Ctrl-C goes to this process
+    os.environ.update(environment)
+    speak_into(1, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    cli.PRELOADED = ()  # a stand-in needs no PyTorch
+    sweep_page.run_jobs = functools.partial(run_jobs, command=stand_in(script))
+    sys.exit(cli.main(arguments))
+
+
 # The files of a run after two of three epochs of a minute each.
 TWO_EPOCHS = """
 say('running', progress={'epochs': 3}, selection={'best_score': -0.61}, runtime={'epoch_seconds': [61.0, 61.0]})
@@ -576,12 +581,10 @@ def in_terminal(
 ) -> tuple[int, str]:
     "Exit code and raw output of a batch in a terminal; `act` is called as soon as the numbers are on the screen."
     manifest = write_manifest(folder, demo, jobs=[{"name": name} for name in names])
-    command = [sys.executable, "-c", BATCH, script, "batch", "--manifest", str(manifest), "--jobs", "2"]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    environment = os.environ | {"TERM": "xterm-256color"} | more
-    claim = functools.partial(os.login_tty, theirs)  # its Ctrl-C goes to the process
-    process = subprocess.Popen(command, env=environment, preexec_fn=claim)
+    arguments = ["batch", "--manifest", str(manifest), "--jobs", "2"]
+    process = forked(batch_of_stand_ins, theirs, script, arguments, {"TERM": "xterm-256color"} | more)
     os.close(theirs)
     text, acted = "", False
     try:
@@ -590,10 +593,11 @@ def in_terminal(
             if not acted and SHOWN[-1] in text:
                 acted = True
                 act(process, ours)
-        return process.wait(timeout=60), text
+        process.join(timeout=60)
+        return process.exitcode, text
     finally:
         process.kill()
-        process.wait()
+        process.join()
         os.close(ours)
 
 
@@ -618,7 +622,7 @@ def assert_clean(text: str) -> None:
 
 
 def test_a_terminal_shows_all_jobs(tmp_path: Path, demo: DemoPaths):
-    script = f"{TWO_EPOCHS}\ntime.sleep(3)\n{COMPLETES}"
+    script = f"{TWO_EPOCHS}\ntime.sleep(2)\n{COMPLETES}"
     code, text = in_terminal(tmp_path, demo, "abc", script)
     assert code == 0, text
     lines = words(text)
@@ -638,7 +642,7 @@ def test_a_terminal_shows_all_jobs(tmp_path: Path, demo: DemoPaths):
 
 @pytest.mark.parametrize("key", ["ctrl-c", "SIGTERM"])
 def test_a_terminal_is_left_clean_after_an_interruption(key: str, tmp_path: Path, demo: DemoPaths):
-    def stop(process: subprocess.Popen, keyboard: int) -> None:
+    def stop(process: ForkProcess, keyboard: int) -> None:
         os.write(keyboard, b"\x03") if key == "ctrl-c" else process.terminate()
 
     handler = "def stop(signum, frame): say('interrupted', reason=signal.Signals(signum).name); sys.exit(1)\n"
@@ -821,9 +825,9 @@ def endless_sweep(tmp_path: Path, demo: DemoPaths) -> Iterator[tuple[subprocess.
     process.wait()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_sweep_leaves_no_process_and_says_how_every_run_ended(endless_sweep, signum: int):
-    process, folder = endless_sweep
+def test_an_interrupted_sweep_leaves_no_process_and_says_how_every_run_ended(endless_sweep):
+    "By Ctrl-C; what SIGTERM does is seen in a terminal, and by a sweep that is killed."
+    (process, folder), signum = endless_sweep, signal.SIGINT
     deadline = time.monotonic() + 120
     while process.poll() is None and (folder / "out").read_text().count("Epoch 000") < 2:
         assert time.monotonic() < deadline, (folder / "out").read_text()
@@ -844,13 +848,12 @@ def test_an_interrupted_sweep_leaves_no_process_and_says_how_every_run_ended(end
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems start plain processes")
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_sweep_that_is_killed_leaves_interrupted_runs_and_no_process(
-    tmp_path: Path, demo: DemoPaths, workers: int
-):
+def test_a_sweep_that_is_killed_leaves_interrupted_runs_and_no_process(tmp_path: Path, demo: DemoPaths):
+    "One of the trainings has processes that load its data, the other has none."
     shared = {"overrides": {"graph_dir": str(demo.graph_dir), "num_epochs": 100_000, "model.hidden_dim": 8}}
-    shared["overrides"] |= {"early_stopping.patience": 100_000, "dataloader.num_workers": workers}
-    manifest = write_manifest(tmp_path, demo, shared=shared, jobs=[{"name": name} for name in "ab"])
+    shared["overrides"] |= {"early_stopping.patience": 100_000}
+    jobs = [{"name": "a"}, {"name": "b", "overrides": {"dataloader.num_workers": 1}}]
+    manifest = write_manifest(tmp_path, demo, shared=shared, jobs=jobs)
     command = [sys.executable, "-m", "topoqa_nb.cli", "batch", "--manifest", str(manifest), "--jobs", "2"]
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
@@ -859,7 +862,7 @@ def test_a_sweep_that_is_killed_leaves_interrupted_runs_and_no_process(
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
         time.sleep(0.2)
     others = psutil.Process(process.pid).children(recursive=True)
-    assert len(others) >= 3 + 2 * workers
+    assert len(others) >= 4  # the server, two trainings, and one that loads
     process.kill()
     process.wait()
     while any(is_running(other.pid) for other in others):

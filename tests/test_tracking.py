@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from conftest import forked, speak_into
 
 pytest.importorskip("mlflow")
 
 from mlflow import MlflowClient
 
-from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import ConfigError, write_json, write_text
 from topoqa_nb.ground.settings import MlflowConfig
@@ -192,37 +192,27 @@ def test_an_old_file_store_does_not_stop_a_run(tmp_path, store, lines):
     assert history(run) == list(enumerate(LOSSES))
 
 
-USER = """
-import sys, time
-from pathlib import Path
-from topoqa_nb.ground.config import load_config
-from topoqa_nb.runs.record import RunDirectory
-from topoqa_nb.training.tracking import open_tracker
-run = RunDirectory(Path(sys.argv[1]))
-config = load_config(run.config_file).config.mlflow
-Path(sys.argv[2]).touch()
-while not Path(sys.argv[3]).exists():
-    time.sleep(0.01)
-with open_tracker(run, config):
-    pass
-"""
+def begin_and_end(run: RunDirectory, go: Path) -> None:
+    "As a process: follow a run as soon as there is the file `go`; what is said goes to the run's directory."
+    speak_into(*(os.open(run.path / name, os.O_WRONLY | os.O_CREAT) for name in ("out", "err")))
+    (run.path / "ready").touch()
+    while not go.exists():
+        time.sleep(0.01)
+    with tracker_of(run):
+        pass
 
 
 def test_processes_that_start_together_on_a_new_store_all_succeed_silently(tmp_path):
     runs = [new_run(tmp_path, tmp_path / "mlruns", f"run{number}") for number in range(3)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    go = str(tmp_path / "go")
-    start = [sys.executable, "-c", USER]
-    processes = [
-        subprocess.Popen([*start, str(run.path), str(run.path / "ready"), go], **pipes) for run in runs
-    ]
+    processes = [forked(begin_and_end, run, tmp_path / "go") for run in runs]
     deadline = time.monotonic() + 120
     while not all((run.path / "ready").exists() for run in runs) and time.monotonic() < deadline:
         time.sleep(0.05)
     (tmp_path / "go").touch()
-    said = [process.communicate(timeout=180) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    assert said == [("", "")] * 3
+    for process in processes:
+        process.join(timeout=180)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [(run.path / name).read_text() for run in runs for name in ("out", "err")] == [""] * 6
     assert [copy_of(run).info.status for run in runs] == ["FINISHED"] * 3
     assert len({copy_of(run).info.experiment_id for run in runs}) == 1
 
@@ -561,20 +551,6 @@ def test_a_sweep_goes_on_without_its_server():
 # --- a whole training
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    demo = write_tiny_dataset(tmp_path_factory.mktemp("tiny") / "set")
-    return {
-        "paths.graph": str(demo.graph_dir),
-        "paths.train_labels": str(demo.train_labels),
-        "paths.val_labels": str(demo.val_labels),
-        "dataloader.batch_size": 2,
-        "model.hidden_dim": 8,
-        "model.attention_head": 2,
-        "trainer.num_epochs": 3,
-    }
-
-
 def test_a_training_is_the_same_with_and_without_mlflow(tiny, tmp_path, store):
     tracked = {"mlflow.enabled": True, "mlflow.tracking_uri": str(store)}
     plain_run = train(load_config(None, tiny | {"paths.save_dir": str(tmp_path)}), run_name="plain")
@@ -604,7 +580,6 @@ def test_a_training_with_a_wrong_uri_leaves_no_directory(tiny, tmp_path):
 
 def test_a_training_that_fails_is_failed_in_mlflow_too(tiny, tmp_path, store):
     changes = {"mlflow.enabled": True, "mlflow.tracking_uri": str(store), "optimizer.learning_rate": 1e30}
-    changes |= {"trainer.accumulate_grad_batches": 1}
     with pytest.raises(Exception, match="finite loss"):
         train(
             load_config(None, tiny | changes | {"paths.save_dir": str(tmp_path / "runs")}),

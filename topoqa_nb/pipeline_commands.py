@@ -94,6 +94,9 @@ def _print_outcome(summary: Mapping[str, object]) -> None:
     print(f"         {final['primary_metric']} {final['score']:.5f} of {final['run_name']}")
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-110
+_HIDDEN = ("executor",)  # in the help when there is a second one that works
+
+
 def with_pipeline_options(
     command: Callable[..., None],  # its first parameter is the context, its last one `**options`
 ) -> Callable[..., None]:
@@ -114,7 +117,8 @@ def _option(parameter: str) -> inspect.Parameter:
         kind, default = list[str], []
     name = parameter.removesuffix("s") if parameter in _SEVERAL else parameter
     metavar = "KEY=VALUE" if get_origin(field.annotation) is dict else None
-    option = typer.Option(f"--{name.replace('_', '-')}", metavar=metavar, help=field.description)
+    shown = {"metavar": metavar, "help": field.description, "hidden": parameter in _HIDDEN}
+    option = typer.Option(f"--{name.replace('_', '-')}", **shown)
     hint = Jobs if name == "jobs" else Annotated[kind, option]  # a number or auto, as in other commands
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 

@@ -285,7 +285,7 @@ class FileState(NamedTuple):
     size: int  # bytes
     modified: int  # ns
     changed: int  # ns; of the content, the name or the permissions
-    inode: int
+    inode: int  # number within its file system
 
 
 def file_states(

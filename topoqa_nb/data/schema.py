@@ -80,8 +80,8 @@ def _with_width(record: type, content: object, key: str) -> dict[str, object]:
 class FeatureSchema:
     "Everything a run knows about the features of its graphs."
 
-    edge_schema: EdgeSchema
-    node_schema: NodeSchema
+    edge_schema: EdgeSchema  # width, builder module and its parameters
+    node_schema: NodeSchema  # width, and names of the columns
     module_registry: dict = field(default_factory=dict)  # stage -> id, alias, jobs, defaults, summary, ...
     metadata_path: Path | None = None  # the sidecar that was read
     summary_path: Path | None = None  # the builder summary that was read

@@ -34,8 +34,8 @@ MAY_BE_ABSENT = {"bands"}
 class Claim:
     "A value, and the graphs for which a file claims it."
 
-    value: object
-    graphs: list[str]
+    value: object  # plain types, as in the file
+    graphs: list[str]  # their names
 
 
 def gather(

@@ -52,7 +52,6 @@ class DemoPaths:
     graph_dir: Path  # one sub-folder per target, one `.pt` per decoy
     train_labels: Path  # CSV with MODEL and dockq
     val_labels: Path  # the same for targets that are not in train_labels
-    test_labels: Path | None = None  # none of the synthetic sets has one
 
     @classmethod
     def below(

@@ -299,7 +299,7 @@ def _build(settings: Mapping[str, _Setting]) -> Config:
 class LoadedConfig:
     "A checked configuration and how it came about."
 
-    config: Config
+    config: Config  # checked and complete
     source: Path | None  # the file; None = defaults and overrides alone
     original_text: str  # the text of that file, untouched
     overrides: dict[str, object]  # dotted key -> value as applied, in order of precedence

@@ -76,7 +76,7 @@ UNWRAPPED = 10_000  # columns, more than any line needs
 
 
 def rendered(
-    table: Table,
+    table: Table,  # with or without a header
     width: int,  # columns, > 0; `UNWRAPPED` for one line a row
 ) -> str:
     "A table as plain text, also in a notebook."

@@ -180,7 +180,7 @@ def find_file(
 # %% ../../nbs/0_ground/05_files.ipynb #05-033
 def find_shipped(
     name: str | Path,  # such as config.yaml or manifests/run_core.yaml
-    kind: Literal["configs", "manifests", "pipelines"] = "configs",
+    kind: Literal["configs", "manifests", "pipelines"] = "configs",  # folder it is in
 ) -> Path:  # an absolute path
     "A file that comes with the package. Raises `ConfigError` if none has that name."
     return find_file(name, kind, [_shipped_folder(kind)])

@@ -254,17 +254,17 @@ class MlflowConfig(Section):
 class Config(Section):
     "Everything one training run is told."
 
-    paths: PathsConfig = PathsConfig()
-    model: ModelConfig = ModelConfig()
-    dataloader: DataloaderConfig = DataloaderConfig()
-    trainer: TrainerConfig = TrainerConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    scheduler: SchedulerConfig = SchedulerConfig()
-    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    selection: SelectionConfig = SelectionConfig()
-    coverage: CoverageConfig = CoverageConfig()
-    logging: LoggingConfig = LoggingConfig()
-    mlflow: MlflowConfig = MlflowConfig()
+    paths: PathsConfig = PathsConfig()  # where data lie and runs go
+    model: ModelConfig = ModelConfig()  # size and kind of the network
+    dataloader: DataloaderConfig = DataloaderConfig()  # batches, order, processes that load
+    trainer: TrainerConfig = TrainerConfig()  # epochs, devices, precision
+    optimizer: OptimizerConfig = OptimizerConfig()  # learning rate, weight decay
+    scheduler: SchedulerConfig = SchedulerConfig()  # when the learning rate falls
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()  # when to give up
+    selection: SelectionConfig = SelectionConfig()  # which epoch is best
+    coverage: CoverageConfig = CoverageConfig()  # how many labels may lack a graph
+    logging: LoggingConfig = LoggingConfig()  # what is said, and how often
+    mlflow: MlflowConfig = MlflowConfig()  # whether and where MLflow follows
     edge_schema: Mapped = {}  # recorded; `dim` is checked against the width found in the graphs
     topology_schema: Mapped = {}  # recorded
 

@@ -121,7 +121,7 @@ STEP = 128  # rows
 
 def matmul_for(
     count: int,  # of rows
-    dtype: torch.dtype,
+    dtype: torch.dtype,  # of the factors
 ) -> Callable[..., Tensor] | None:  # None: MKL
     "`find_onednn` where it gains something."
     return find_onednn() if count >= STEP and dtype == torch.float32 else None
@@ -129,7 +129,7 @@ def matmul_for(
 
 def padded_rows(
     count: int,  # of rows
-    dtype: torch.dtype,
+    dtype: torch.dtype,  # of the factors
 ) -> int:  # >= count
     "How many rows a product of so many is given."
     return count + -count % STEP if matmul_for(count, dtype) else count

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.schema import FeatureSchema
+from ..data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from ..ground.core import CheckpointError, resource_error
 from ..ground.settings import ModelConfig
-from .model import POOLING, TopoQANet, Widths, build_model, widths
+from .model import POOLING, TopoQANet, build_model
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-005
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
@@ -67,8 +67,7 @@ def load_weights(
     model: TopoQANet,  # changed in place
     weights: Mapping[str, Tensor],  # a state dict
     where: object,  # the file, for the message
-    names: Mapping[str, str]
-    | None = None,  # our name of a parameter -> its name in `weights`; None: the same
+    names: Mapping[str, str] | None = None,  # our name -> its name in `weights`; None: the same
 ) -> TopoQANet:  # the same model
     "Fill a network, all parameters or none. Raises `CheckpointError`."
     own = model.state_dict()
@@ -155,7 +154,7 @@ def _foreign_state(
 # %% ../../nbs/2_network/23_weights.ipynb #23-018
 def _shape_settings(
     weights: Mapping[str, Tensor],  # by published names
-) -> tuple[Widths, dict[str, object]]:  # the widths, and the arguments of `TopoQANet` that shapes tell
+) -> tuple[FeatureSchema, dict[str, object]]:  # and the arguments of `TopoQANet` that shapes tell
     "Read the size of a published network from its tensors. Raises `KeyError` or `ValueError` on other layouts."
     hidden_dim, node_width = weights[_LANDMARK].shape
     _, heads, _ = weights[f"{_PUBLISHED['layers.0.attention']}.att"].shape
@@ -163,7 +162,8 @@ def _shape_settings(
     is_linear = f"{encoder}.weight" in weights
     _, edge_width = weights[f"{encoder}.weight" if is_linear else f"{encoder}.0.weight"].shape
     has_norm = f"{encoder}.1.weight" in weights  # step 1 is the LayerNorm, or a ReLU without weights
-    return widths(node_width, edge_width, is_linear or has_norm), {
+    edge_schema = EdgeSchema(edge_width, use_layer_norm=is_linear or has_norm)
+    return FeatureSchema(edge_schema, NodeSchema(node_width)), {
         "hidden_dim": hidden_dim,
         "attention_head": heads,
         "num_layers": _PUBLISHED_LAYERS,

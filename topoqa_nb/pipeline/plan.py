@@ -75,7 +75,7 @@ DEMO_PHASES = {  # over the phase configurations when the demo data are used
 
 
 def stage_overrides(
-    pipeline: Pipeline,
+    pipeline: Pipeline,  # settled
     stage: str,  # one of STAGES
 ) -> dict[str, object]:  # dotted key -> value, above everything that files say
     "The overrides of every run of a stage."

@@ -214,7 +214,7 @@ def check_place(
 class Staging:
     "Where a mode reads, and what it took to get the data there."
 
-    graph_dir: Path
+    graph_dir: Path  # the original or its copy
     store: Path  # where its packed store goes
     facts: dict[str, object] | None = None  # of a copy; None: the original
 
@@ -240,7 +240,7 @@ def staged(
 
 # %% ../../nbs/8_ramdisk/82_modes.ipynb #82-036
 def measure(
-    mode: Literal["baseline", "ramdisk"],
+    mode: Literal["baseline", "ramdisk"],  # from disk or from memory
     repeat: int,  # from 1
     staging: Staging,  # where the mode reads
     before: float | None,  # part of the source that was cached before staging
@@ -280,7 +280,7 @@ def _storage(staging: Staging, stored: Sequence[Path]) -> dict[str, object]:
 
 # %% ../../nbs/8_ramdisk/82_modes.ipynb #82-039
 def run_mode(
-    mode: Literal["baseline", "ramdisk"],
+    mode: Literal["baseline", "ramdisk"],  # from disk or from memory
     repeat: int,  # from 1
     source: Source,  # the original graphs
     settings: RamdiskSettings,  # of the volume, and loader processes

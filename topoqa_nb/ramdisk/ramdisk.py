@@ -22,7 +22,7 @@ from ..ground.files import find_shipped
 from ..ground.machine import filesystem_type, free_memory, package_versions
 from ..ground.signals import Interrupted, stoppable
 from ..pipeline.parameters import PipelineParameters
-from ..pipeline.pipeline import export_html, injected_names
+from ..pipeline.pipeline import QUIET_KERNEL, export_html, injected_names
 from ..pipeline.plan import settle, unused
 from .modes import asked_pipeline, check_place, run_mode, settled_parameters
 from .ramdisk_report import conclusion
@@ -160,7 +160,6 @@ def write_report(
     "Execute the notebook on a record."
     notebook = record.with_suffix(".ipynb")
     source = find_shipped("ramdisk_comparison.ipynb", "pipelines")
-    kernel = ["--log-level=CRITICAL"]  # it reports its own shutdown as an error
     values = {"record": str(record)}
-    papermill.execute_notebook(source, notebook, values, progress_bar=False, extra_arguments=kernel)
+    papermill.execute_notebook(source, notebook, values, progress_bar=False, extra_arguments=QUIET_KERNEL)
     return export_html(notebook)

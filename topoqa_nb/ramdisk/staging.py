@@ -108,7 +108,7 @@ def ramdisk_settings(
 class Source:
     "The files of a graph directory that a training reads."
 
-    graph_dir: Path
+    graph_dir: Path  # of the original graphs
     files: dict[str, Path]  # path below the graph directory -> file
     sizes: dict[str, int]  # path below the graph directory -> bytes
 

@@ -25,7 +25,7 @@ from typing import Literal
 import psutil
 
 from ..ground.core import ConfigError, DataError, write_json
-from ..ground.machine import filesystem_type
+from ..ground.machine import filesystem_type, is_alive
 from ..ground.signals import Interrupted, noted_signals
 from .staging import UNITS, RamdiskSettings
 
@@ -38,7 +38,7 @@ MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
 class Volume:
     "A place in memory; `path` and `device` are filled in as they become known."
 
-    kind: Literal["directory", "tmpfs mount", "disk image"]
+    kind: Literal["directory", "tmpfs mount", "disk image"]  # what has to be undone
     path: Path | None = None  # where files go
     device: str | None = None  # of a disk image
 
@@ -83,13 +83,7 @@ def is_abandoned(
     owner = _read_owner(path)
     if owner is None or owner.get("namespace", _namespace()) != _namespace():
         return False
-    try:
-        started = psutil.Process(owner["pid"]).create_time()
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.AccessDenied:
-        return False
-    return abs(started - owner.get("started", started)) > 5  # the clock may have been set meanwhile (s)
+    return is_alive(owner["pid"], owner.get("started")) is False
 
 
 def _read_owner(path: Path) -> dict | None:

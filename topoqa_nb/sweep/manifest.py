@@ -67,8 +67,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path  # the file; relative paths in it belong to its folder
-    jobs: tuple[JobEntry, ...] = Field(min_length=1)
-    shared: JobSettings = JobSettings()
+    jobs: tuple[JobEntry, ...] = Field(min_length=1)  # in the order in which they start
+    shared: JobSettings = JobSettings()  # what a job does not say itself
     continue_on_error: StrictBool = False  # start the remaining jobs after one has failed
 
     @model_validator(mode="before")
@@ -214,7 +214,7 @@ def _checkpoint(name: str | None, where: str, base: Path) -> Path | None:
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-114
 def plan_jobs(
-    manifest: Manifest,
+    manifest: Manifest,  # of `load_manifest`
     *,
     overrides: Iterable[str] | Mapping[str, object] = (),  # of the command line; win over the manifest
     output_root: str | Path | None = None,  # run root; wins over the manifest
@@ -232,7 +232,7 @@ def plan_jobs(
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-022
 def describe_job(
-    job: Job,
+    job: Job,  # of `plan_jobs`
 ) -> str:  # several lines
     "Where a job's run would be, and every value that is not a default."
     lines = [f"{job.name}: {job.run.path}", f"  config {job.loaded.source}"]
@@ -245,7 +245,7 @@ def describe_job(
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-025
 def training_command(
-    job: Job,
+    job: Job,  # of `plan_jobs`
 ) -> list[str]:  # arguments of Python
     "The command that trains a job."
     command = ["-m", "topoqa_nb.cli", "run", "--config", str(job.loaded.source)]

@@ -24,10 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import psutil
-
 from ..ground.core import RunError
-from ..ground.machine import fast_import, thread_limits
+from ..ground.machine import fast_import, is_alive, thread_limits
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-100
 def interpret(
@@ -79,7 +77,7 @@ def end_processes(
     "Tell processes to stop, wait, then kill those that are left, and all that any of them has started."
     numbers, deadline = list(numbers), time.monotonic() + STOP_SECONDS
     _signal_all(os.kill, numbers, signal.SIGTERM)
-    while any(map(_is_there, numbers)) and time.monotonic() < deadline:
+    while any(is_alive(number) is not False for number in numbers) and time.monotonic() < deadline:
         time.sleep(REAP_SECONDS)
     for kill in (os.killpg, os.kill):  # the one made last may have no session yet
         _signal_all(kill, numbers, signal.SIGKILL)
@@ -89,14 +87,6 @@ def _signal_all(send: Callable[[int, int], None], numbers: Iterable[int], signum
     for number in numbers:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             send(number, signum)
-
-
-def _is_there(number: int) -> bool:
-    "Whether a process runs; one that has ended and waits to be asked how does not."
-    try:
-        return psutil.Process(number).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-009
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -184,7 +174,7 @@ def serve(
 class Forked:
     "A copy of the server."
 
-    pid: int
+    pid: int  # number of the process
     listen: Callable[..., bool]  # of its `_ServerProcess`
     returncode: int | None = None  # exit code, or minus the signal that ended it
 

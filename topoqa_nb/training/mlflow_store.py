@@ -240,12 +240,12 @@ class Gate:
     uri: str  # of the store, for the warning
     safe: str  # what the user still has, for the warning
     say: Callable[[str], object] = log.warning  # takes the one line
-    warned: bool = False
+    warned: bool = False  # the one line was said
     closed_until: float = 0.0  # time.monotonic()
 
     def attempt(
         self,
-        action: Callable[[], object],
+        action: Callable[[], object],  # calls MLflow
         at_once: bool = False,  # even shortly after a failure
     ) -> bool:  # whether it worked
         "Call something that may fail; a signal still gets through."
