@@ -49,8 +49,8 @@ def split_of(store, count):
 def steps_of(split, batch_size, window, together, limit=None):
     "The gradient of every optimizer step of two epochs, as Lightning adds them up, and the mean losses."
     torch.manual_seed(3)
-    model = TopoQANet(widths(4, 2), hidden_dim=4, attention_head=2, dropout=0.3).double().train()
-    module = TopoQAModule(model, load_config(None, {}).config, SimpleNamespace(), split.targets)
+    model = TopoQANet(widths(4, 2), hidden_dim=4, attention_head=2, dropout=0.3).train()
+    module = TopoQAModule(model, load_config(None, {}).config, SimpleNamespace(), split.targets).double()
     loader = make_loader(split, batch_size=batch_size, shuffle=True, seed=5, together=together, limit=limit)
     passes, gradients, means = window // together, [], []
     module._trainer = SimpleNamespace(
