@@ -189,7 +189,7 @@ def fit(
     )
     stopping = EarlyStopping("selection_metric", patience=config.early_stopping.patience)
     Trainer(
-        accelerator="cpu",
+        accelerator=trainer.accelerator,
         max_epochs=trainer.num_epochs,
         accumulate_grad_batches=trainer.accumulate_grad_batches,
         precision=lightning_precision(trainer.precision),

@@ -174,11 +174,18 @@ class TrainerConfig(Section):
     precision: Precision = 32  # bits of a number, or a mixture
     num_epochs: Integer = Field(200, ge=1)  # at most
     accumulate_grad_batches: Integer = Field(16, ge=1)  # batches per optimizer step
+    fuse_batches: Literal["auto", "off"] = "auto"  # batches of a step go through the network together
     fast_dev_run: Flag = False  # one epoch of one batch
     limit_train_batches: BatchLimit = None  # a number of batches, a fraction, or None for all
     limit_val_batches: BatchLimit = None  # as limit_train_batches
     gradient_clip_val: Number | None = Field(None, gt=0)  # largest gradient norm; None = no clipping
     num_threads: Count = 1  # CPU threads, which results depend on; auto: this run's share of the cores
+
+    @field_validator("fuse_batches", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        "YAML reads a bare `off` as false."
+        return {True: "auto", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("precision")
     @classmethod

@@ -15,7 +15,7 @@ from torch_geometric.nn import global_add_pool, global_max_pool, global_mean_poo
 from ..data.schema import FeatureSchema
 from ..ground.core import ConfigError, SchemaError, did_you_mean
 from ..ground.settings import ModelConfig
-from .attention import EdgeOrder, attend, attention_layer, order_edges
+from .attention import EdgeOrder, attend, attention_layer, draw_masks, order_edges
 from .kernels import choose_kernel, is_low_precision
 
 # %% ../../nbs/2_network/22_model.ipynb #22-012
@@ -84,9 +84,10 @@ class InterfaceLayer(nn.Module):
         nodes: Tensor,  # [N, H]
         edges: Tensor,  # [E, H], in the order of `order`
         order: EdgeOrder,  # the edges, and the kernel that runs over them
+        mask: Tensor | None = None,  # [E, K] of dropout; None: drawn here
     ) -> tuple[Tensor, Tensor]:  # [N, H] and [E, H]
         "The new node and edge states."
-        nodes = attend(self.attention, nodes, edges, order)
+        nodes = attend(self.attention, nodes, edges, order, mask)
         edges = self.edge_update(nodes, order.edge_index, edges)
         return functional.elu(nodes), functional.elu_(edges)
 
@@ -202,6 +203,13 @@ def _batch_order(
     kernel = choose_kernel(batch.x.device, is_low_precision(batch.x))
     return order_edges(batch.edge_index, len(batch.x), kernel, getattr(batch, "edge_order", None))
 
+
+def _masks(layers: nn.ModuleList, batch: Data, nodes: Tensor, order: EdgeOrder) -> list[Tensor | None]:
+    "A mask a layer where several batches came as one; otherwise each layer draws its own."
+    if parts := getattr(batch, "part_edges", None):
+        return draw_masks([layer.attention for layer in layers], order, nodes, parts)
+    return [None] * len(layers)
+
 # %% ../../nbs/2_network/22_model.ipynb #22-030
 class TopoQANet(_Readout):
     "Scores interface graphs: embed, `num_layers` times attention and edge update, pool, read out."
@@ -236,8 +244,8 @@ class TopoQANet(_Readout):
         order = _batch_order(batch)
         nodes = self.node_embedding(batch.x.reshape(-1, self.node_width))
         edges = self.edge_embedding(order.arrange(batch.edge_attr.reshape(-1, self.edge_width)))
-        for layer in self.layers:
-            nodes, edges = layer(nodes, edges, order)
+        for layer, mask in zip(self.layers, _masks(self.layers, batch, nodes, order), strict=True):
+            nodes, edges = layer(nodes, edges, order, mask)
         return self.read_out(*self.pool_states(batch, nodes, edges, order))
 
 # %% ../../nbs/2_network/22_model.ipynb #22-035

@@ -109,16 +109,21 @@ def epoch_line(
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-015
 class ProgressLines(Callback):
-    "Prints one line when 25, 50 and 75 % of an epoch's batches are done."
+    "Prints one line when 25, 50 and 75 % of an epoch's batches are done; several may be done at once."
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.marks = progress_marks(int(trainer.num_training_batches))
+        self.marks = progress_marks(trainer.train_dataloader.sampler.batches)
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs, batch, batch_idx: int):
-        done, batches = batch_idx + 1, int(trainer.num_training_batches)
-        if done in self.marks:
+        sampler = trainer.train_dataloader.sampler
+        before, done = (
+            min(count * sampler.together, sampler.batches) for count in (batch_idx, batch_idx + 1)
+        )
+        if done < sampler.batches and any(before < mark <= done for mark in self.marks):
             loss = module.train_loss()
-            log.info(f"Epoch {trainer.current_epoch:03d} | {done / batches:4.0%} | train_loss={loss:.4f}")
+            log.info(
+                f"Epoch {trainer.current_epoch:03d} | {done / sampler.batches:4.0%} | train_loss={loss:.4f}"
+            )
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-018
 class MetricRows:

@@ -71,12 +71,19 @@ from topoqa_nb.training.devices import (
     torch_threads,
 )
 from .mlflow_store import check_tracking
-from .module import VALIDATION_BATCH, TopoQAModule, predict
+from topoqa_nb.training.module import (
+    VALIDATION_BATCH,
+    TopoQAModule,
+    batches_together,
+    graphs_a_pass,
+    predict,
+)
 from .tracking import open_tracker
 
 # %% ../../nbs/4_training/44_training.ipynb #44-008
 def trainer_arguments(
     config: Config,  # of the run
+    together: int = 1,  # batches that the loader hands out at once; it keeps `limit_train_batches`
 ) -> dict[str, object]:
     "What Lightning's `Trainer` is told; `fast_dev_run` is one epoch of one batch, with checkpoints."
     settings, quick = config.trainer, config.trainer.fast_dev_run
@@ -87,8 +94,7 @@ def trainer_arguments(
         "strategy": settings.strategy,
         "precision": lightning_precision(settings.precision),
         "max_epochs": 1 if quick else settings.num_epochs,
-        "accumulate_grad_batches": settings.accumulate_grad_batches,
-        "limit_train_batches": 1 if quick else settings.limit_train_batches,
+        "accumulate_grad_batches": settings.accumulate_grad_batches // together,
         "limit_val_batches": 1 if quick else settings.limit_val_batches,
         "gradient_clip_val": settings.gradient_clip_val,
         "log_every_n_steps": config.logging.log_every_n_steps,
@@ -125,10 +131,13 @@ def check_trainer(
 # %% ../../nbs/4_training/44_training.ipynb #44-014
 def batch_sizes(
     config: Config,  # of the run
+    data: RunData,  # from `open_data`
 ) -> dict[str, int]:  # split -> graphs
     "Graphs a batch in each split."
-    size = config.dataloader.batch_size
-    return {"train": size, "val": max(size, VALIDATION_BATCH)}
+    size, trainer = config.dataloader.batch_size, config.trainer
+    is_counted = trainer.limit_val_batches is not None or trainer.fast_dev_run
+    free = 1 if is_counted or trainer.fuse_batches == "off" else graphs_a_pass(data.val)
+    return {"train": size, "val": max(size, VALIDATION_BATCH, free)}
 
 # %% ../../nbs/4_training/44_training.ipynb #44-017
 def check_batch_limits(
@@ -136,7 +145,7 @@ def check_batch_limits(
     data: RunData,  # from `open_data`
 ) -> None:
     "Raise `ConfigError` for a fraction of the batches that leaves none."
-    for name, size in batch_sizes(config).items():
+    for name, size in batch_sizes(config, data).items():
         key, batches = f"limit_{name}_batches", math.ceil(len(getattr(data, name)) / size)
         limit = getattr(config.trainer, key)
         is_too_small = isinstance(limit, float) and int(batches * limit) < 1
@@ -335,23 +344,26 @@ def fit(
     model.train()  # Lightning keeps the mode that it finds, and a parent was loaded to be validated
     torch.manual_seed(config.dataloader.seed)
     module = TopoQAModule(model, config, data.schema, data.val.targets)
-    loaders = _loaders(config, data, first_epoch)
+    together = batches_together(data.train, config.dataloader.batch_size, config.trainer)
+    loaders = _loaders(config, data, together)
+    loaders[0].sampler.set_epoch(first_epoch)  # Lightning draws a resumed run's first order before it does
     with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
         callbacks = [*make_callbacks(run, config, parent), tracker]
-        trainer = Trainer(**trainer_arguments(config), callbacks=callbacks, plugins=[LocalCheckpoints()])
+        told = trainer_arguments(config, together)
+        trainer = Trainer(**told, callbacks=callbacks, plugins=[LocalCheckpoints()])
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
 
 
-def _loaders(config: Config, data: RunData, first_epoch: int) -> list[DataLoader]:
+def _loaders(config: Config, data: RunData, together: int) -> list[DataLoader]:
     "Batches of training and validation."
-    seed, workers = config.dataloader.seed, config.dataloader.num_workers
-    loaders = [
-        make_loader(split, batch_size=size, shuffle=split is data.train, seed=seed, num_workers=workers)
-        for split, size in zip((data.train, data.val), batch_sizes(config).values(), strict=True)
+    sizes, loading, trainer = batch_sizes(config, data), config.dataloader, config.trainer
+    shared = {"seed": loading.seed, "num_workers": loading.num_workers}
+    limit = 1 if trainer.fast_dev_run else trainer.limit_train_batches
+    training = {"shuffle": True, "together": together, "limit": limit}
+    return [
+        make_loader(data.train, batch_size=sizes["train"], **training, **shared),
+        make_loader(data.val, batch_size=sizes["val"], shuffle=False, **shared),
     ]
-    # Lightning draws a resumed run's first order before it sets the epoch
-    loaders[0].sampler.set_epoch(first_epoch)
-    return loaders
 
 # %% ../../nbs/4_training/44_training.ipynb #44-047
 def conclude(
