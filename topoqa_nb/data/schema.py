@@ -291,6 +291,7 @@ _NAMED_DIFFERENCES = 6  # lines that are enough to see what is wrong
 def schema_differences(
     expected: FeatureSchema,  # the checkpoint's
     found: FeatureSchema,  # the graphs'
+    sides: tuple[str, str] = ("the checkpoint", "the graphs"),  # what they are called in the lines
 ) -> list[str]:  # one line per field; empty when the weights can be used
     "The fields in which a checkpoint and a graph directory do not fit together."
     pairs = {
@@ -303,7 +304,7 @@ def schema_differences(
     if pairs["node_schema.dim"][0] == pairs["node_schema.dim"][1]:
         pairs |= {f"node_schema.columns[{place}]": pair for place, pair in enumerate(columns)}
     lines = [
-        f"{name}: {ours} in the checkpoint, {theirs} in the graphs"
+        f"{name}: {ours} in {sides[0]}, {theirs} in {sides[1]}"
         for name, (ours, theirs) in pairs.items()
         if ours is not None and theirs is not None and ours != theirs
     ]
