@@ -85,6 +85,28 @@ def _place_of(folder: Path, root: Path, name: str) -> Path:
         raise CheckpointError(places[0], f"the final checkpoint of {folder}", "no such file", fix)
     return found
 
+# %% ../../nbs/5_answers/50_models.ipynb #50-100
+def _best_of(run: RunDirectory) -> Path:
+    "The best checkpoint of a run."
+    best = best_score(run)[1]
+    if best is None:
+        fix = "train at least one epoch, or name a checkpoint"
+        raise CheckpointError(run.checkpoints, "the best checkpoint of a run", "none", fix)
+    return best
+
+
+def _no_model(model: str | Path, run_root: str | Path) -> CheckpointError:  # to be raised
+    "What a name is that stands for no model, and the run that was perhaps meant."
+    found = "no such file, and no run of this name"
+    if Path(model).is_dir():
+        found = "a directory that is none of them"
+    near = nearest(str(model), [run.name for run in list_runs(run_root)])
+    fix = (
+        f"did you mean {near}?" if near else f"check the name; runs are looked for in {run_root} (--run-root)"
+    )
+    expected = "a checkpoint, a run, the reports of a pipeline that has ended, or an exported model"
+    return CheckpointError(model, expected, found, fix)
+
 # %% ../../nbs/5_answers/50_models.ipynb #50-012
 RUN_ROOT = Path("training_runs")  # where runs are looked for by name
 
@@ -106,28 +128,6 @@ def model_files(
     except RunError:
         raise _no_model(model, run_root) from None
     return [_best_of(run)]
-
-
-def _best_of(run: RunDirectory) -> Path:
-    "The best checkpoint of a run."
-    best = best_score(run)[1]
-    if best is None:
-        fix = "train at least one epoch, or name a checkpoint"
-        raise CheckpointError(run.checkpoints, "the best checkpoint of a run", "none", fix)
-    return best
-
-
-def _no_model(model: str | Path, run_root: str | Path) -> CheckpointError:  # to be raised
-    "What a name is that stands for no model, and the run that was perhaps meant."
-    found = "no such file, and no run of this name"
-    if Path(model).is_dir():
-        found = "a directory that is none of them"
-    near = nearest(str(model), [run.name for run in list_runs(run_root)])
-    fix = (
-        f"did you mean {near}?" if near else f"check the name; runs are looked for in {run_root} (--run-root)"
-    )
-    expected = "a checkpoint, a run, the reports of a pipeline that has ended, or an exported model"
-    return CheckpointError(model, expected, found, fix)
 
 # %% ../../nbs/5_answers/50_models.ipynb #50-016
 class _Source(BaseModel):

@@ -51,6 +51,14 @@ def with_labels(
     dockq = dict(zip(matched.names, matched.dockq, strict=True))
     return frame.assign(dockq=frame.MODEL.map(dockq).astype(float))
 
+# %% ../../nbs/5_answers/50a_predictions.ipynb #50a-100
+def _check_writable(path: Path) -> None:
+    "Raise `ConfigError` when the folder of a file is none, or cannot be written to."
+    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = f"{place}, which is {'read-only' if place.is_dir() else 'a file'}"
+        raise ConfigError(f"--out {path}", "a folder that can be written to", found, "name another place")
+
 # %% ../../nbs/5_answers/50a_predictions.ipynb #50a-013
 _WRITERS = {
     ".csv": lambda frame, path: frame.to_csv(path, index=False),
@@ -88,14 +96,6 @@ def check_out(
     _check_writable(path)
     return path
 
-
-def _check_writable(path: Path) -> None:
-    "Raise `ConfigError` when the folder of a file is none, or cannot be written to."
-    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        found = f"{place}, which is {'read-only' if place.is_dir() else 'a file'}"
-        raise ConfigError(f"--out {path}", "a folder that can be written to", found, "name another place")
-
 # %% ../../nbs/5_answers/50a_predictions.ipynb #50a-016
 def write_predictions(
     path: str | Path,  # ends with .csv, .parquet or .json
@@ -114,6 +114,23 @@ def write_predictions(
         }
         described.write_text(to_json({"table": table} | meta) + "\n", encoding="utf-8")
     return path
+
+# %% ../../nbs/5_answers/50a_predictions.ipynb #50a-101
+def _check_predictions(path: Path, frame: pd.DataFrame) -> None:
+    "Raise `DataError` for a column that is missing, a decoy with two rows, a score that is no number."
+    for column in ("MODEL", "prediction"):
+        if column not in frame:
+            found = f"columns {', '.join(map(str, frame))[:200]}"
+            raise DataError(path, f"a column {column}", found, "write it with topoqa predict")
+    if frame.empty:
+        raise DataError(path, "at least one row", "none", "write it with topoqa predict")
+    if twice := frame.MODEL[frame.MODEL.duplicated()].tolist():
+        raise DataError(path, "one row for each MODEL", f"several for {twice[0]}", "keep the right one")
+    values = pd.to_numeric(frame.prediction, errors="coerce")
+    if not np.isfinite(values).all():
+        bad = frame[~np.isfinite(values)]
+        found = f"{bad.prediction.iloc[0]} for {bad.MODEL.iloc[0]} ({len(bad)} in all)"
+        raise DataError(path, "a finite number in prediction", found, "remove the rows, or predict again")
 
 # %% ../../nbs/5_answers/50a_predictions.ipynb #50a-019
 _TEXT = {"MODEL": str, "target": str}
@@ -142,20 +159,3 @@ def read_predictions(
     _check_predictions(path, frame)
     targets = frame.get("target", pd.Series(index=frame.index, dtype=object)).astype(object)
     return frame.assign(target=targets.where(targets.notna(), None))
-
-
-def _check_predictions(path: Path, frame: pd.DataFrame) -> None:
-    "Raise `DataError` for a column that is missing, a decoy with two rows, a score that is no number."
-    for column in ("MODEL", "prediction"):
-        if column not in frame:
-            found = f"columns {', '.join(map(str, frame))[:200]}"
-            raise DataError(path, f"a column {column}", found, "write it with topoqa predict")
-    if frame.empty:
-        raise DataError(path, "at least one row", "none", "write it with topoqa predict")
-    if twice := frame.MODEL[frame.MODEL.duplicated()].tolist():
-        raise DataError(path, "one row for each MODEL", f"several for {twice[0]}", "keep the right one")
-    values = pd.to_numeric(frame.prediction, errors="coerce")
-    if not np.isfinite(values).all():
-        bad = frame[~np.isfinite(values)]
-        found = f"{bad.prediction.iloc[0]} for {bad.MODEL.iloc[0]} ({len(bad)} in all)"
-        raise DataError(path, "a finite number in prediction", found, "remove the rows, or predict again")
