@@ -33,6 +33,8 @@ COMMANDS = [
     "leaderboard",
     "monitor",
     "archive",
+    "predict",
+    "export",
     "validate",
     "env",
     "config",
