@@ -35,6 +35,8 @@ COMMANDS = [
     "leaderboard",
     "monitor",
     "archive",
+    "predict",
+    "export",
     "validate",
     "env",
     "config",

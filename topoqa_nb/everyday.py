@@ -25,6 +25,7 @@ EVERYDAY = {  # name -> the module that has it
     "train": "topoqa_nb.training.training",  # one run; with `parent` a fine-tune
     "resume": "topoqa_nb.training.resume",  # a run that goes on
     "predict_split": "topoqa_nb.training.module",  # the scores that a checkpoint gives
+    "Scorer": "topoqa_nb.answers.inference",  # trained models that score new graphs
     "run_sweep": "topoqa_nb.everyday",  # every job of a manifest
     "leaderboard": "topoqa_nb.runs.leaderboard",  # runs by their best score
     "summarise": "topoqa_nb.runs.leaderboard",  # what came of one run
