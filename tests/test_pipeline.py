@@ -48,7 +48,7 @@ class StandIn:
         self.asked, self.names = [], []
 
     def __call__(self, waiting, **options):
-        self.names.append(options["name"])
+        self.names.append(options.get("name"))
         return SweepResult(tuple(self.run(job) for job in waiting))
 
     def run(self, job):
