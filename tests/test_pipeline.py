@@ -45,9 +45,10 @@ class StandIn:
 
     def __init__(self, scores=None, dies=(), fingerprint=None, improved=None):
         self.scores, self.dies, self.fingerprint, self.improved = scores or {}, dies, fingerprint, improved
-        self.asked = []
+        self.asked, self.names = [], []
 
     def __call__(self, waiting, **options):
+        self.names.append(options.get("name"))
         return SweepResult(tuple(self.run(job) for job in waiting))
 
     def run(self, job):
@@ -217,6 +218,7 @@ def test_names_and_starts_of_the_phases(given, tmp_path):
     winner = sweep_stage(run, jobs)["best"]
     assert winner["run_name"].startswith("lr035_")
     phase1, phase2 = phase1_stage(run, jobs), phase2_stage(run, jobs)
+    assert jobs.names == ["sweep", "phase1", "phase2"]
     assert [row["run_name"] for row in phase1["runs"]] == [f"{winner['run_name']}_phase1"]
     names = [f"{winner['run_name']}_phase2_seed{seed}" for seed in (101, 555, 888)]
     assert [row["run_name"] for row in phase2["runs"]] == names

@@ -148,7 +148,11 @@ def run_pipeline(
 def _run_to_tune(root: Path, checkpoint: Path | None, run_dir: Path | None) -> RunDirectory | None:
     "The run to start from; None for a checkpoint that lies in no run."
     if run_dir:
-        return find_run(root, run_dir)
+        run = find_run(root, run_dir)
+        if checkpoint and not checkpoint.resolve().is_relative_to(run.path.resolve()):
+            fix = "leave --run-dir out, or name a checkpoint of that run"
+            raise CheckpointError(checkpoint, f"a checkpoint of the run {run.name}", "one elsewhere", fix)
+        return run
     if checkpoint:
         run = RunDirectory.of_checkpoint(checkpoint.resolve())
         return run if run.exists else None

@@ -121,7 +121,7 @@ def run_record(
         "best_epoch": selection.epoch,
         "val_loss": selection.val_loss,
         "val_spearman": selection.val_spearman,
-        "epochs": record.progress.epoch,
+        "epochs": None if record.progress.epoch is None else record.progress.epoch + 1,
         "seconds": record.runtime.seconds,
         "checkpoint": relative_path(run.checkpoints / best, run_root) if best else None,
         "parent_checkpoint": relative_path(lineage.parent_checkpoint, run_root),

@@ -105,7 +105,11 @@ def run_stage_jobs(
     write_json(stage_file(pipeline.reports_dir, record["stage"]), record)
     waiting = [job for job in jobs if not _completed(job)]
     result = runner(
-        waiting, jobs=pipeline.parameters.jobs, continue_on_error=continue_on_error, say=print_progress
+        waiting,
+        jobs=pipeline.parameters.jobs,
+        continue_on_error=continue_on_error,
+        name=record["stage"],
+        say=print_progress,
     )
     if not result.completed and not (continue_on_error and any(_completed(job) for job in jobs)):
         raise _failed_job(record["stage"], result)

@@ -117,8 +117,8 @@ def _typical(runtime: Runtime) -> dict[str, float | None]:
 def settings_fingerprint(
     record: RunRecord,  # of one run
 ) -> str:  # 12 hex digits
-    "Equal for runs that differ in seed and place alone."
-    settings = dict(record.settings)
+    "Equal for runs that differ in seed, in place, and in what is shown and copied alone."
+    settings = {name: keys for name, keys in record.settings.items() if name not in ("logging", "mlflow")}
     for section, key in (("dataloader", "seed"), ("paths", "save_dir")):
         stated = settings.get(section) or {}
         settings[section] = {name: value for name, value in stated.items() if name != key}
@@ -177,7 +177,7 @@ def leaderboard(
 ) -> list[dict[str, object]]:  # plain types, ready for JSON
     "Runs by best score. Raises `RunError` when the run root does not exist."
     if not Path(root).is_dir():
-        raise RunError(root, "the folder that holds the runs", "no such directory", "check --root")
+        raise RunError(root, "the folder that holds the runs", "no such directory", "check the path")
     rows, unreadable = [], []
     for run in list_runs(root):
         try:

@@ -137,6 +137,12 @@ def check_unfinished(
             "name an earlier checkpoint, or raise it with --override early_stopping.patience=N --accept-drift"
         )
         raise RunError(run.path, expected, found, fix)
+    if config.trainer.fast_dev_run:
+        expected, fix = (
+            "a run that goes on",
+            "start a new run without --fast-dev-run: this one has its one epoch",
+        )
+        raise RunError(run.path, expected, "a complete one of trainer.fast_dev_run", fix)
     expected = f"a checkpoint before the last of {config.trainer.num_epochs} epochs (trainer.num_epochs)"
     raise RunError(run.path, expected, found, "raise the number with --override trainer.num_epochs=N")
 

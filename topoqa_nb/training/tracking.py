@@ -104,7 +104,7 @@ class SweepRun:
 def _new_sweep_run(config: MlflowConfig, name: str) -> dict[str, str]:
     "Make the run of a sweep; returned is what its jobs must know."
     store = open_mlflow_store(config)
-    own = {mlflow_name(key): mlflow_text(value) for key, value in config.tags.items()}
+    own = {mlflow_name(key): mlflow_text(value)[:5000] for key, value in config.tags.items()}
     made = store.client.create_run(store.experiment_id, tags={"topoqa.mode": "sweep", **own}, run_name=name)
     return {PARENT_VARIABLE: made.info.run_id}
 
