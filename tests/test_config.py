@@ -35,7 +35,7 @@ model: {pooling_type: mean, attention_head: 8, hidden_dim: 32, num_layers: 2, dr
 dataloader: {batch_size: 16, num_workers: 0, seed: 222}
 trainer: {accelerator: cpu, devices: 1, num_nodes: 1, strategy: auto, precision: 32, num_epochs: 200,
   accumulate_grad_batches: 16, fast_dev_run: false, limit_train_batches: null, limit_val_batches: null,
-  gradient_clip_val: null, num_threads: 1}
+  gradient_clip_val: null, num_threads: 1, fuse_batches: auto}
 optimizer: {learning_rate: 0.005, weight_decay: 0.0}
 scheduler: {type: reduce_on_plateau, factor: 0.4, patience: 12}
 early_stopping: {patience: 25, min_delta: 0.0}
@@ -412,6 +412,7 @@ def different_value(key: str) -> object:
         "selection.primary_metric": "val_loss",
         "trainer.limit_train_batches": 0.5,
         "trainer.limit_val_batches": 3,
+        "trainer.fuse_batches": "off",
         "trainer.gradient_clip_val": 1.5,
         "mlflow.tracking_uri": "http://host:5000",
         "mlflow.run_name": "a # b",
