@@ -634,7 +634,9 @@ UMLAUTS = [
 # Each command in a copy of one process, which has imported what they need.
 ONE_BY_ONE = """
 import os, sys
-import topoqa_nb.training.training
+from topoqa_nb.ground.machine import fast_import
+with fast_import():  # a copy ends in a moment, too
+    import topoqa_nb.training.training
 from topoqa_nb.cli import main
 for number, command in enumerate(sys.argv[1:]):
     if (child := os.fork()) == 0:
