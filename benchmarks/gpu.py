@@ -45,7 +45,7 @@ def one(side: str, settings: dict[str, object], scratch: Path) -> tuple[list[flo
 
 def compare(title: str, data: Path, arguments: argparse.Namespace) -> None:
     "Every side in turn, for both precisions."
-    for precision in (32, "16-mixed"):
+    for precision in arguments.precision:
         print(f"\n{title}, precision {precision}", flush=True)
         times, losses = {name: [] for name in SIDES}, {}
         with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +53,7 @@ def compare(title: str, data: Path, arguments: argparse.Namespace) -> None:
                 "trainer.num_epochs": WARM_UP + arguments.epochs,
                 "trainer.precision": precision,
                 "trainer.accelerator": arguments.accelerator,
+                "dataloader.num_workers": arguments.workers,
             }
             for _ in range(arguments.repeats):
                 for name in SIDES:
@@ -80,6 +81,8 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="a folder with graphs/, train.csv and val.csv")
     parser.add_argument("--accelerator", default="cuda", help="(default %(default)s)")
+    parser.add_argument("--precision", nargs="*", default=["32", "16-mixed"], help="(default both)")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes (default %(default)s)")
     parser.add_argument("--epochs", type=int, default=5, help="counted, of each side (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(default %(default)s)")
     arguments = parser.parse_args()

@@ -135,7 +135,7 @@ def batch_sizes(
     "Graphs a batch in each split."
     size, trainer = config.dataloader.batch_size, config.trainer
     is_counted = trainer.limit_val_batches is not None or trainer.fast_dev_run
-    free = 1 if is_counted or trainer.fuse_batches == "off" else graphs_a_pass(data.val)
+    free = 1 if is_counted or trainer.fuse_batches == "off" else graphs_a_pass(data.val, device_of(trainer))
     return {"train": size, "val": max(size, VALIDATION_BATCH, free)}
 
 # %% ../../nbs/4_training/44_training.ipynb #44-017
