@@ -7,6 +7,7 @@ __all__ = ['app', 'RUN_ROOT', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', '
            'joined_pairs', 'main', 'shell', 'job_count', 'chosen_run']
 
 # %% ../nbs/97_entry.ipynb #97-002
+import faulthandler
 import io
 import re
 import signal
@@ -95,6 +96,8 @@ def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
 ) -> int:  # exit code
     "The command line."
+    if arguments is None and sys.stderr and not faulthandler.is_enabled():
+        faulthandler.enable(all_threads=False)  # names a SIGBUS or SIGSEGV, and where it happened
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if arguments[0] in ("pipeline", "fine-tune"):
         arguments = joined_pairs(arguments)

@@ -9,8 +9,7 @@ __all__ = ['METRIC_COLUMNS', 'check_run_name', 'default_run_name', 'create_run',
 # %% ../../nbs/3_runs/33_runs.ipynb #33-003
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -80,6 +79,23 @@ def _write_configuration(run: RunDirectory, loaded: LoadedConfig, config: Config
     write_text(run.config_file, dump_config(config))
     write_text(run.config_dir / "applied_overrides.yaml", overrides)
 
+
+def _write_directory(path: Path, loaded: LoadedConfig, config: Config, metadata: Mapping) -> RunDirectory:
+    "A run directory in one step. Raises `RunError` when there is one, or can be none."
+    try:
+        with atomic_directory(path) as temporary:
+            run = RunDirectory(temporary)
+            for directory in (run.checkpoints, run.artifacts, run.log_file.parent, run.metrics_file.parent):
+                directory.mkdir()
+            _write_configuration(run, loaded, config)
+            if metadata["notes"]:
+                write_text(run.notes_file, metadata["notes"].rstrip("\n") + "\n")
+            write_json(run.metadata_file, metadata)
+    except OSError as problem:
+        fix = "choose another run name or paths.save_dir"
+        raise RunError(path, "a new run directory", problem.strerror or str(problem), fix) from None
+    return RunDirectory(path)
+
 # %% ../../nbs/3_runs/33_runs.ipynb #33-018
 def create_run(
     save_dir: str | Path,  # the run root, made when it is missing
@@ -94,32 +110,21 @@ def create_run(
 ) -> RunDirectory:
     "Make a run directory and point `latest` at it. Raises `RunError` for a bad or taken name."
     save_dir = Path(save_dir).absolute()
-    name = default_run_name(save_dir) if run_name is None else run_name
-    check_run_name(save_dir, name)
-    about = initial_metadata(
-        name, loaded, final_config, notes=notes, trial_label=trial_label, command=command
-    )
-    with _new_directory(save_dir / name) as temporary:
-        run = RunDirectory(temporary)
-        for directory in (run.checkpoints, run.artifacts, run.log_file.parent, run.metrics_file.parent):
-            directory.mkdir()
-        _write_configuration(run, loaded, final_config)
-        if notes:
-            write_text(run.notes_file, notes.rstrip("\n") + "\n")
-        write_json(run.metadata_file, merged(about, sections or {}))
-    replace_link(save_dir / "latest", save_dir / name)
-    return RunDirectory(save_dir / name)
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    "`atomic_directory` for a run."
-    try:
-        with atomic_directory(path) as temporary:
-            yield temporary
-    except OSError as problem:
-        fix = "choose another run name or paths.save_dir"
-        raise RunError(path, "a new run directory", problem.strerror or str(problem), fix) from None
+    if run_name is not None:
+        check_run_name(save_dir, run_name)
+    made = None
+    while made is None:
+        name = default_run_name(save_dir) if run_name is None else run_name
+        about = initial_metadata(
+            name, loaded, final_config, notes=notes, trial_label=trial_label, command=command
+        )
+        try:
+            made = _write_directory(save_dir / name, loaded, final_config, merged(about, sections or {}))
+        except RunError:  # the rename decides: of a name that was looked for, somebody was first
+            if run_name is not None or not os.path.lexists(save_dir / name):
+                raise
+    replace_link(save_dir / "latest", made.path)
+    return made
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-024
 METRIC_COLUMNS = (
