@@ -10,7 +10,6 @@ __all__ = ['app', 'RUN_ROOT', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', '
 import faulthandler
 import io
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from typer.exceptions import TyperException
 
 from .ground.console import check_text, console_for, to_nobody
 from .ground.core import ConfigError, TopoqaError, TrainingError, resource_error
-from .ground.signals import Interrupted
+from .ground.signals import Interrupted, end_without_cleaning, interruptible
 
 # %% ../nbs/97_entry.ipynb #97-102
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -96,6 +95,8 @@ def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
 ) -> int:  # exit code
     "The command line."
+    if arguments is None:
+        end_without_cleaning()
     if arguments is None and sys.stderr and not faulthandler.is_enabled():
         faulthandler.enable(all_threads=False)  # names a SIGBUS or SIGSEGV, and where it happened
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -104,10 +105,9 @@ def main(
     with console_for(arguments[0]):
         try:
             check_text(arguments)
-            code = app(args=arguments, prog_name="topoqa", standalone_mode=False)
-            sys.stdout.flush()
-            if code == 128 + signal.SIGINT:  # Ctrl-C before anything began; Typer keeps silent about it
-                raise Interrupted(signal.SIGINT)
+            with interruptible():
+                code = app(args=arguments, prog_name="topoqa", standalone_mode=False)
+                sys.stdout.flush()
             return code or 0
         except BaseException as problem:
             if isinstance(problem, SystemExit):

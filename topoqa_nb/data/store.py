@@ -36,7 +36,7 @@ from topoqa_nb.data.packing import (
     read_unchanged,
 )
 from ..ground.console import log, say
-from ..ground.core import TrainingError, write_text
+from ..ground.core import TrainingError, remove_temporaries, write_text
 
 # %% ../../nbs/1_data/13_store.ipynb #13-007
 @dataclass(frozen=True, eq=False, repr=False)
@@ -331,6 +331,24 @@ def _locked(path: Path) -> Iterator[None]:
     finally:
         lock.release()
 
+# %% ../../nbs/1_data/13_store.ipynb #13-203
+def _remove_left(place: Path) -> None:
+    "Remove what a killed packer left; for whoever holds the lock."
+    _remove(place.glob("packing-*"))
+    remove_temporaries(place)
+
+
+def _tidy(place: Path) -> None:
+    "The same where there is nothing to pack, unless another process packs."
+    if len(list(place.iterdir())) > 3:  # the store, `lock` and `origin`
+        with suppress(OSError, NotImplementedError), FileLock(place / "lock").acquire(timeout=0):
+            _remove_left(place)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in list(folders):
+        shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../../nbs/1_data/13_store.ipynb #13-042
 def _pack(place: Path, graph_dir: Path, trust_pickles: bool) -> GraphStore:
     "Pack a graph directory, unless another process has done it in the meantime. Raises `OSError`."
@@ -338,7 +356,7 @@ def _pack(place: Path, graph_dir: Path, trust_pickles: bool) -> GraphStore:
     with _locked(place / "lock"):
         store = _open_packed(place, graph_dir, file_states(graph_dir))
         if store is None:
-            _remove(place.glob("packing-*"))
+            _remove_left(place)
             origin = {"graph_dir": str(graph_dir.resolve()), "host": platform.node()}
             write_text(place / "origin", json.dumps(origin))
             store = _open_packed(place, graph_dir, _write_store(place, graph_dir, trust_pickles))
@@ -347,11 +365,6 @@ def _pack(place: Path, graph_dir: Path, trust_pickles: bool) -> GraphStore:
             _remove(path for path in place.iterdir() if path.is_dir() and path != store.folder)
             _remove(_orphans(place.parent))
     return store
-
-
-def _remove(folders: Iterable[Path]) -> None:
-    for folder in list(folders):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _orphans(root: Path) -> Iterator[Path]:
@@ -396,7 +409,10 @@ def open_store(
     store = _open_packed(place, graph_dir, states)
     if store is None and chosen is not None:
         return _in_memory(graph_dir, trust_pickles, chosen)
-    store = store or _pack_somewhere(place, graph_dir, trust_pickles)
+    if store is None:
+        store = _pack_somewhere(place, graph_dir, trust_pickles)
+    else:
+        _tidy(place)
     return store if chosen is None else store.subset(chosen)
 
 

@@ -21,7 +21,7 @@ from IPython import get_ipython
 from ..ground.core import ConfigError, RunError, did_you_mean, now, read_json, write_json
 from ..ground.files import find_shipped
 from ..ground.machine import filesystem_type, free_memory, package_versions
-from ..ground.signals import Interrupted, stoppable
+from ..ground.signals import Interrupted, interruptible
 from ..pipeline.parameters import PipelineParameters
 from ..pipeline.pipeline import export_html, injected_names
 from ..pipeline.plan import new_folder, settle
@@ -116,7 +116,7 @@ def compare(
 ) -> dict:  # the record, with its own place under `file`
     "Run the pipeline from disk and from memory. Raises `TopoqaError`s, and `Interrupted`; no volume stays."
     test_mode = environment.get("SAFE_RAMDISK_TEST_MODE", "") not in ("", "0")
-    with stoppable():
+    with interruptible():
         pipeline = settle(asked_pipeline(settings, values or {}, environment))
         parameters = settled_parameters(pipeline)
         source = find_source(parameters.graph_dir)

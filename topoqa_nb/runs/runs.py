@@ -10,19 +10,24 @@ __all__ = ['METRIC_COLUMNS', 'check_run_name', 'default_run_name', 'create_run',
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
 from ..ground.config import LoadedConfig, dump_config
 from topoqa_nb.ground.core import (
     RunError,
     atomic_directory,
     did_you_mean,
+    held,
     nearest,
     plain,
+    read_json,
     replace_link,
     write_json,
     write_text,
@@ -242,12 +247,43 @@ def _is_run(folder: Path) -> bool:
 def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
+# %% ../../nbs/3_runs/33_runs.ipynb #33-200
+_ARCHIVING = "history/.archiving.json"  # what an `archive` is about to move, until it has
+
+
+class _Moves(BaseModel):
+    runs: list[Annotated[str, Field(pattern=r"^[^/]+$")]]  # names
+    latest: Annotated[str, Field(pattern=r"^[^/]+$")] | None  # the one that `latest` points to
+
+
+def _finish_archiving(root: Path) -> list[Path]:  # runs in `history/`
+    "Move what a call of `archive` has announced, also one that was killed. Raises `RunError` while another one does."
+    note, history = root / _ARCHIVING, root / "history"
+    if not note.exists():
+        return []
+    with held(history):
+        try:
+            moves = _Moves.model_validate(read_json(note, RunError))
+        except ValidationError as problem:
+            found = problem.errors()[0]["msg"]
+            raise RunError(note, "names of runs", found, "remove the file") from None
+        for name in moves.runs:
+            if (root / name).exists() and not os.path.lexists(history / name):
+                (root / name).rename(history / name)
+        if moves.latest:
+            replace_link(root / "latest", history / moves.latest)
+        note.unlink()
+    return [history / name for name in moves.runs]
+
 # %% ../../nbs/3_runs/33_runs.ipynb #33-040
 def find_run(
     root: str | Path,  # the run root
     run_id: str | Path,  # a name, a path, or `latest`
 ) -> RunDirectory:
     "The run that is meant. Raises `RunError` with the nearest name."
+    for place in dict.fromkeys((Path(root), Path(run_id).parent)):
+        with suppress(RunError, OSError):  # another process does it, or it is not ours to do
+            _finish_archiving(place)
     places = [Path(root) / run_id, Path(root) / "history" / run_id, Path(run_id)]
     found = [place for place in places if place.is_dir()]
     for place in found:
@@ -285,17 +321,14 @@ def archive(
 ) -> list[RunDirectory]:  # in their new place
     "Move runs that have ended to `history/`. Raises `RunError`, before any move, for a run that cannot go there."
     root = Path(root).resolve()
-    paths = dict.fromkeys(find_run(root, run_id).path.resolve() for run_id in run_ids)
+    done = _finish_archiving(root)  # of a call that was killed, perhaps this one
+    asked = dict.fromkeys(find_run(root, run_id).path.resolve() for run_id in run_ids)
+    paths = [path for path in asked if path not in done]
     for path in paths:
         _check_archivable(root, RunDirectory(path))
-    return [_archive_one(root, path) for path in paths]
-
-
-def _archive_one(root: Path, path: Path) -> RunDirectory:
-    latest, target = root / "latest", root / "history" / path.name
-    is_latest = latest.is_symlink() and latest.resolve() == path
-    target.parent.mkdir(exist_ok=True)
-    path.rename(target)
-    if is_latest:
-        replace_link(latest, target)
-    return RunDirectory(target)
+    latest = root / "latest"
+    points_to = latest.resolve().name if latest.is_symlink() and latest.resolve() in paths else None
+    if paths:
+        write_json(root / _ARCHIVING, {"runs": [path.name for path in paths], "latest": points_to})
+        _finish_archiving(root)
+    return [RunDirectory(root / "history" / path.name) for path in asked]
