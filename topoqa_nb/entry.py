@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from . import __version__
 from .ground.console import check_text, console_for, to_nobody
 from .ground.core import ConfigError, TopoqaError, TrainingError, resource_error
 from .ground.signals import Interrupted, end_without_cleaning, interruptible
@@ -28,8 +29,18 @@ from .ground.signals import Interrupted, end_without_cleaning, interruptible
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"topoqa {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def topoqa() -> None:
+def topoqa(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     "Trains graph networks that score predicted protein complexes, on whatever features the graphs hold."
 
 # %% ../nbs/97_entry.ipynb #97-006

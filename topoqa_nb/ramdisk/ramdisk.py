@@ -9,8 +9,9 @@ __all__ = ['turns', 'comparison_folder', 'mode_differences', 'new_record', 'reco
 # %% ../../nbs/8_ramdisk/84_ramdisk.ipynb #84-002
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -18,7 +19,16 @@ import papermill
 import psutil
 from IPython import get_ipython
 
-from ..ground.core import ConfigError, RunError, did_you_mean, now, read_json, write_json
+from topoqa_nb.ground.core import (
+    ConfigError,
+    RunError,
+    did_you_mean,
+    held,
+    now,
+    read_json,
+    remove_temporaries,
+    write_json,
+)
 from ..ground.files import find_shipped
 from ..ground.machine import filesystem_type, free_memory, package_versions
 from ..ground.signals import Interrupted, interruptible
@@ -43,7 +53,19 @@ def comparison_folder(
     run_root: Path,  # of the pipeline
 ) -> Path:
     "A new folder named by the time."
-    return new_folder(run_root / "ramdisk_benchmarks", f"ramdisk_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+    parent = run_root / "ramdisk_benchmarks"
+    _tidy(parent)
+    return new_folder(parent, f"ramdisk_{datetime.now():%Y-%m-%d_%H-%M-%S}")
+
+
+def _tidy(parent: Path) -> None:
+    "Remove the packed stores and temporary files of comparisons that were killed: no record, and held by nobody."
+    for folder in parent.glob("ramdisk_*/"):
+        if not folder.with_suffix(".json").exists():
+            with suppress(RunError), held(folder):
+                for store in folder.glob("*/store"):
+                    shutil.rmtree(store)
+                remove_temporaries(folder)
 
 # %% ../../nbs/8_ramdisk/84_ramdisk.ipynb #84-009
 def mode_differences(
@@ -126,7 +148,7 @@ def compare(
             check_place(source, settings)
         folder = comparison_folder(pipeline.run_root)
         record = new_record(settings, parameters, source, test_mode)
-        with recorded(record, folder.with_suffix(".json")):
+        with held(folder), recorded(record, folder.with_suffix(".json")):
             for mode, repeat in turns(settings):
                 console = folder / f"{mode}_{repeat}" / "console.log"
                 say(f"{mode}, {repeat} of {settings.repeats}: console in {console}")
