@@ -8,6 +8,7 @@ __all__ = ['GraphStore', 'open_store']
 # %% ../../nbs/1_data/13_store.ipynb #13-002
 import hashlib
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -35,7 +36,7 @@ from topoqa_nb.data.packing import (
     read_unchanged,
 )
 from ..ground.console import log, say
-from ..ground.core import write_text
+from ..ground.core import TrainingError, remove_temporaries, write_text
 
 # %% ../../nbs/1_data/13_store.ipynb #13-007
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,6 +121,25 @@ def _rows(packed: _Packed, numbers: list[int]) -> dict[str, object]:
     rows = {key: [getattr(packed, key)[number] for number in numbers] for key in lists}
     return rows | {key: getattr(packed, key)[torch.tensor(numbers)] for key in tensors}
 
+# %% ../../nbs/1_data/13_store.ipynb #13-200
+def _check_mapped(packed: _Packed) -> None:
+    "Raise `TrainingError` when a file has become shorter than its map: reading it would end the process."
+    for key in ARRAYS:
+        array = getattr(packed, key)
+        length = _file_length(array)
+        if length is not None and length < array.nbytes:
+            fix = "see what writes there; start again, or resume, and the graphs are packed anew"
+            raise TrainingError(
+                packed.folder / key, f"{array.nbytes} bytes, as when it was opened", f"{length}", fix
+            )
+
+
+def _file_length(array: np.ndarray) -> int | None:
+    "Bytes of the file behind a mapped array as it is now; None: the array belongs to this process."
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array.size() if isinstance(array, mmap.mmap) else None
+
 # %% ../../nbs/1_data/13_store.ipynb #13-017
 @dataclass(frozen=True, eq=False, repr=False)
 class GraphStore(_Packed):
@@ -155,6 +175,7 @@ class GraphStore(_Packed):
         indices: Sequence[int] | torch.Tensor,  # graph numbers in any order, repeats allowed, at least one
     ) -> Batch:  # x, edge_index, edge_attr, batch, ptr as PyG; name, graph_index [B]; edge_order [E]
         "The chosen graphs as one PyG batch, edges sorted by target; `edge_order` has their places in file order."
+        _check_mapped(self)
         graph_index = torch.as_tensor(indices, dtype=torch.int64)
         names = [self.names[number] for number in graph_index.tolist()]
         tensors = {key: torch.from_numpy(value) for key, value in _joined(self, graph_index.numpy()).items()}
@@ -310,6 +331,24 @@ def _locked(path: Path) -> Iterator[None]:
     finally:
         lock.release()
 
+# %% ../../nbs/1_data/13_store.ipynb #13-203
+def _remove_left(place: Path) -> None:
+    "Remove what a killed packer left; for whoever holds the lock."
+    _remove(place.glob("packing-*"))
+    remove_temporaries(place)
+
+
+def _tidy(place: Path) -> None:
+    "The same where there is nothing to pack, unless another process packs."
+    if len(list(place.iterdir())) > 3:  # the store, `lock` and `origin`
+        with suppress(OSError, NotImplementedError), FileLock(place / "lock").acquire(timeout=0):
+            _remove_left(place)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in list(folders):
+        shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../../nbs/1_data/13_store.ipynb #13-042
 def _pack(place: Path, graph_dir: Path, trust_pickles: bool) -> GraphStore:
     "Pack a graph directory, unless another process has done it in the meantime. Raises `OSError`."
@@ -317,7 +356,7 @@ def _pack(place: Path, graph_dir: Path, trust_pickles: bool) -> GraphStore:
     with _locked(place / "lock"):
         store = _open_packed(place, graph_dir, file_states(graph_dir))
         if store is None:
-            _remove(place.glob("packing-*"))
+            _remove_left(place)
             origin = {"graph_dir": str(graph_dir.resolve()), "host": platform.node()}
             write_text(place / "origin", json.dumps(origin))
             store = _open_packed(place, graph_dir, _write_store(place, graph_dir, trust_pickles))
@@ -326,11 +365,6 @@ def _pack(place: Path, graph_dir: Path, trust_pickles: bool) -> GraphStore:
             _remove(path for path in place.iterdir() if path.is_dir() and path != store.folder)
             _remove(_orphans(place.parent))
     return store
-
-
-def _remove(folders: Iterable[Path]) -> None:
-    for folder in list(folders):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _orphans(root: Path) -> Iterator[Path]:
@@ -375,7 +409,10 @@ def open_store(
     store = _open_packed(place, graph_dir, states)
     if store is None and chosen is not None:
         return _in_memory(graph_dir, trust_pickles, chosen)
-    store = store or _pack_somewhere(place, graph_dir, trust_pickles)
+    if store is None:
+        store = _pack_somewhere(place, graph_dir, trust_pickles)
+    else:
+        _tidy(place)
     return store if chosen is None else store.subset(chosen)
 
 

@@ -131,8 +131,7 @@ def run_pipeline(
 ) -> dict:  # the summary, with `reports_dir`
     "Execute full_pipeline.ipynb. Raises what its stages raise; results of completed stages stay."
     parameters = absolute_parameters(pipeline_parameters(values), Path.cwd())
-    pipeline = settle(parameters)
-    hold_reports(pipeline.reports_dir)
+    pipeline = hold_reports(settle(parameters))
     claim_reports(pipeline)
     with interruptible(), temporary_files():  # a kernel that is stopped leaves its connection file
         problem = execute_notebook("full_pipeline.ipynb", pipeline.reports_dir, parameters)

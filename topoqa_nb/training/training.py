@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -85,12 +86,13 @@ def trainer_arguments(
     together: int = 1,  # batches that the loader hands out at once; it keeps `limit_train_batches`
 ) -> dict[str, object]:
     "What Lightning's `Trainer` is told; `fast_dev_run` is one epoch of one batch, with checkpoints."
+    one_process = LightningEnvironment()  # whatever a scheduler's variables say about others
+    one_process.set_global_rank(0)
     settings, quick = config.trainer, config.trainer.fast_dev_run
     return {
         "accelerator": device_of(settings),
-        "devices": settings.devices,
-        "num_nodes": settings.num_nodes,
-        "strategy": settings.strategy,
+        "devices": 1,
+        "plugins": [LocalCheckpoints(), one_process],
         "precision": lightning_precision(settings.precision),
         "max_epochs": 1 if quick else settings.num_epochs,
         "accumulate_grad_batches": settings.accumulate_grad_batches // together,
@@ -338,8 +340,7 @@ def fit(
     loaders[0].sampler.set_epoch(first_epoch)  # Lightning draws a resumed run's first order before it does
     with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
         callbacks = [*make_callbacks(run, config, parent), tracker]
-        told = trainer_arguments(config, together)
-        trainer = Trainer(**told, callbacks=callbacks, plugins=[LocalCheckpoints()])
+        trainer = Trainer(**trainer_arguments(config, together), callbacks=callbacks)
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
 
 
