@@ -47,9 +47,7 @@ def _unreadable(path: Path, problem: Exception) -> DataError:
     refused = re.search(r"GLOBAL ([\w.]+)", str(problem))
     if refused:
         found = f"a pickle that needs {refused[1]}"
-        fix = (
-            "write it again as a plain Data object, or set paths.trust_pickles: true if you trust its author"
-        )
+        fix = "write it again as a plain Data object, or, if you trust its author, allow it with paths.trust_pickles=true"
         return DataError(path, "a graph of tensors and plain values", found, fix)
     start = path.read_bytes()[:2]
     if not start:

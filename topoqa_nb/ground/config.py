@@ -324,11 +324,26 @@ def load_config(
         _replace(settings, _file_settings(path, notes))
         if path != absolute_path(source, here):
             notes.append(f"{source}: not in the working directory, the shipped file of that name is used")
-    applied = {}
-    for layer in (*layers, overrides):
-        _replace(applied, absolute_overrides(layer, here))
+    applied, told = {}, absolute_overrides(overrides, here)
+    for layer in (*(absolute_overrides(layer, here) for layer in layers), told):
+        _replace(applied, layer)
     _replace(settings, _settings(applied, "override "))
-    return LoadedConfig(_build(settings), path, read_text(path) if path else "", applied, notes)
+    config = _build(settings)
+    if config.paths.trust_pickles and _TRUST not in told:
+        config, note = _without_trust(config, settings[_TRUST].where)
+        notes.append(note)
+        applied.pop(_TRUST, None)
+    return LoadedConfig(config, path, read_text(path) if path else "", applied, notes)
+
+
+_TRUST = "paths.trust_pickles"
+
+
+def _without_trust(config: Config, where: str) -> tuple[Config, str]:
+    "The configuration without the permission to run code, which a file does not give; and a remark."
+    paths = config.paths.model_copy(update={"trust_pickles": False})
+    note = f"{where}: true counts only where a person gives it for this call, as an override {_TRUST}=true"
+    return config.model_copy(update={"paths": paths}), note
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-061
 def dump_config(

@@ -122,7 +122,7 @@ class PathsConfig(Section):
     metadata: Location | None = None  # sidecar, when it is not graph_metadata.json in the graph directory
     summary: Location | None = None  # builder summary, when it is not found above the graph directory
     store: Location | None = None  # packed graphs; None = the user's cache folder
-    trust_pickles: Flag = False  # True lets .pt files run code while they are read
+    trust_pickles: Flag = False  # True lets .pt files run code; only an override of a call turns it on
 
     @field_validator("target_regex")
     @classmethod

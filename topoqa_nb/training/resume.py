@@ -48,7 +48,7 @@ from topoqa_nb.training.training import (
 # %% ../../nbs/4_training/45_resume.ipynb #45-008
 NOT_DRIFT = (
     "trainer.num_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "dataloader.num_workers",
-    "logging.", "mlflow.", "paths.store",
+    "logging.", "mlflow.", "paths.store", "paths.trust_pickles",
 )  # fmt: skip
 
 

@@ -28,13 +28,12 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import make_loader, prepare_workers
 from ..data.dataset import RunData, locate_data, open_data
-from ..data.schema import FeatureSchema, schema_differences
+from ..data.schema import check_features
 from ..ground.config import LoadedConfig
 from ..ground.console import log, record
 from topoqa_nb.ground.core import (
     CheckpointError,
     ConfigError,
-    SchemaError,
     TrainingError,
     held,
     now,
@@ -164,8 +163,7 @@ def read_parent(
     "Load, check and validate a parent. Raises `CheckpointError` and `SchemaError` naming the fields that differ."
     checkpoint = Path(checkpoint).resolve()
     model, schema = load_model(checkpoint)
-    if schema is not None:
-        _check_schema(checkpoint, schema, data.schema)
+    check_features(checkpoint, schema, data.schema)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
     scores = predict(child, data.val)
     if not np.isfinite(scores).all():
@@ -175,16 +173,6 @@ def read_parent(
     rule = SelectionRule.from_config(config.selection)
     score = metrics | {"selection_metric": rule.metric(metrics["val_loss"], metrics["val_spearman_corr"])}
     return Parent(checkpoint, sha256_file(checkpoint), child, score)
-
-
-def _check_schema(checkpoint: Path, trained_on: FeatureSchema, found: FeatureSchema) -> None:
-    "Raise `SchemaError` with every field in which the graphs differ from what a checkpoint was trained on."
-    differences = schema_differences(trained_on, found)
-    if differences:
-        raise SchemaError(
-            checkpoint, "graphs with the features it was trained on", "; ".join(differences),
-            "use graphs of the same build, or train from scratch",
-        )  # fmt: skip
 
 # %% ../../nbs/4_training/44_training.ipynb #44-022
 def lineage(
