@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from topoqa_nb.data.sidecar import (
     BUILDER_STAGES,
     FACTS,
@@ -25,6 +27,7 @@ from topoqa_nb.data.sidecar import (
 )
 from .store import GraphStore, open_store
 from ..ground.core import DataError, SchemaError, plain, sha256_json
+from ..ground.files import as_written
 
 # %% ../../nbs/1_data/15_schema.ipynb #15-005
 @dataclass(frozen=True)
@@ -52,14 +55,7 @@ class NodeSchema:
     source: str = "tensors"  # the file that named the columns, or tensors
 
 # %% ../../nbs/1_data/15_schema.ipynb #15-008
-def _values(record: type, content: object) -> dict[str, object]:
-    "The fields of a `FeatureSchema` from plain types."
-    edge = EdgeSchema(**_with_width(EdgeSchema, content, "edge_schema"))
-    node = NodeSchema(**_with_width(NodeSchema, content, "node_schema"))
-    values = _known(record, content) | {"edge_schema": edge, "node_schema": node}
-    for key in {"metadata_path", "summary_path"} & values.keys():
-        values[key] = Path(values[key])
-    return values
+_WIDEST = 1_000_000  # features of a node or an edge
 
 
 def _known(record: type, content: dict) -> dict[str, object]:
@@ -68,12 +64,29 @@ def _known(record: type, content: dict) -> dict[str, object]:
     return {key: value for key, value in content.items() if key in names and value is not None}
 
 
-def _with_width(record: type, content: object, key: str) -> dict[str, object]:
+def _with_width(record: type, content: object, key: str, where: object) -> dict[str, object]:
     "The fields of one part of a feature record, which must at least give a width."
     part = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(part, dict) or type(part.get("dim")) is not int:
-        raise SchemaError(f"feature metadata: {key}.dim", "a width", "none", "use a checkpoint that has one")
+    width = part.get("dim") if isinstance(part, dict) else None
+    if type(width) is not int or not 0 < width <= _WIDEST:
+        found = "none" if width is None else as_written(width)
+        raise SchemaError(
+            f"{where}: {key}.dim", f"a width from 1 to {_WIDEST}", found, "use a checkpoint that has one"
+        )
     return _known(record, part)
+
+# %% ../../nbs/1_data/15_schema.ipynb #15-503
+def _checked(record: type, content: object, where: object) -> object:
+    "A `FeatureSchema` from plain types. Raises `SchemaError`."
+    parts = {"edge_schema": EdgeSchema, "node_schema": NodeSchema}
+    widths = {key: _with_width(part, content, key, where) for key, part in parts.items()}
+    try:
+        return TypeAdapter(record).validate_python(_known(record, content) | widths)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place, expected = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+        fix = "use a checkpoint that is whole"
+        raise SchemaError(f"{where}: {place}", expected, as_written(first["input"]), fix) from None
 
 # %% ../../nbs/1_data/15_schema.ipynb #15-011
 @dataclass(frozen=True)
@@ -82,7 +95,9 @@ class FeatureSchema:
 
     edge_schema: EdgeSchema
     node_schema: NodeSchema
-    module_registry: dict = field(default_factory=dict)  # stage -> id, alias, jobs, defaults, summary, ...
+    module_registry: dict[str, dict] = field(
+        default_factory=dict
+    )  # stage -> id, alias, jobs, defaults, summary, ...
     metadata_path: Path | None = None  # the sidecar that was read
     summary_path: Path | None = None  # the builder summary that was read
     notes: list[str] = field(default_factory=list)  # what was missing or contradictory
@@ -105,10 +120,11 @@ class FeatureSchema:
     @classmethod
     def from_dict(
         cls,
-        content: dict,  # as `to_dict` makes it; keys that are unknown here are ignored
+        content: object,  # as `to_dict` makes it; keys that are unknown here are ignored
+        where: object = "feature metadata",  # the file, for the message
     ) -> "FeatureSchema":
-        "The record in a checkpoint or `feature_metadata.json`. Raises `SchemaError` when it has no widths."
-        return cls(**_values(cls, content))
+        "The record in a checkpoint or `feature_metadata.json`. Raises `SchemaError` when it has no widths, or other types."
+        return _checked(cls, content, where)
 
     def stage_lines(self) -> list[str]:
         "One line per stage of the builder, and the widths: what a run prints when it starts."

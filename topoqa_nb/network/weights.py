@@ -6,61 +6,79 @@
 __all__ = ['read_checkpoint', 'load_weights', 'published_names', 'load_foreign_weights', 'load_model']
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-002
-import re
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path, PosixPath
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from ..data.saved import SavedKind, check_extent, read_saved
 from ..data.schema import FeatureSchema
-from ..ground.core import CheckpointError, resource_error
+from ..ground.core import CheckpointError
 from ..ground.settings import ModelConfig
 from .model import POOLING, TopoQANet, Widths, build_model, widths
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-005
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_ARRAY = np.zeros(0).__reduce__()[0]
-_HARMLESS = [
-    PosixPath,
-    Namespace,
-    np.dtype,
-    np.ndarray,
-    *(type(np.dtype(code)) for code in "?bhilBHILefd"),
-    *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # NumPy 1 and 2
-    *((_NUMPY_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-]
+_CHECKPOINT = SavedKind(
+    what="checkpoint",
+    error=CheckpointError,
+    classes=(
+        PosixPath,
+        Namespace,
+        np.dtype,
+        np.ndarray,
+        *(type(np.dtype(code)) for code in "?bhilBHILefd"),
+        *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # NumPy 1 and 2
+        *((_NUMPY_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    ),
+    plainly="write it again with tensors and plain types only",
+)
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-006
 def read_checkpoint(
     path: str | Path,  # a file that torch.save wrote
 ) -> dict:  # its content, tensors on the CPU
     "Read a checkpoint without running any code from it. Raises `CheckpointError`."
-    path = Path(path)
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "no such file"
-        raise CheckpointError(path, "a checkpoint file", found, "check the path")
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # a damaged pickle may raise nearly anything
-        if resource_error(problem):  # no fault of the file
-            raise
-        raise _unreadable(path, problem) from None
+    content = read_saved(path, _CHECKPOINT)
     if not isinstance(content, dict):
         raise CheckpointError(path, "a dictionary", type(content).__name__, "name a checkpoint, not a graph")
+    check_extent(path, content, _CHECKPOINT)
     return content
 
+# %% ../../nbs/2_network/23_weights.ipynb #23-502
+def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: object) -> None:
+    "Raise `CheckpointError` when weights are not those of a network."
+    problems = _misfits({key: item.shape for key, item in own.items()}, weights)
+    if problems:
+        found = ", ".join(problems[:3]) + _more(problems)
+        fix = "use a checkpoint of the same network and schema"
+        raise CheckpointError(where, f"the {len(own)} tensors of this network", found, fix)
 
-def _unreadable(path: Path, problem: Exception) -> CheckpointError:  # to be raised
-    "Tell a file that wants to run code from a file that is damaged."
-    if refused := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(problem)):
-        fix = "write it again with tensors and plain types only"
-        return CheckpointError(path, "tensors and plain types", f"an object of {refused[1]}", fix)
-    reason = f"{type(problem).__name__}, so it is truncated or no checkpoint at all"
-    return CheckpointError(path, "a file written by torch.save", reason, "copy it again or name another one")
+
+def _misfits(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> list[str]:  # empty: all fits
+    "What the file lacks, what it has too much, and what has another shape."
+    missing = [f"{key} is missing" for key in shapes if key not in weights]
+    unknown = [f"{key} is unknown" for key in weights if key not in shapes]
+    reshaped = [
+        f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(shape)}"
+        for key, shape in shapes.items()
+        if key in weights and weights[key].shape != shape
+    ]
+    empty = [f"{key} has no numbers" for key in shapes if key in weights and not _holds_numbers(weights[key])]
+    return missing + unknown + reshaped + empty
+
+
+def _holds_numbers(value: Tensor) -> bool:
+    return value.layout is torch.strided and value.device.type != "meta" and value.is_floating_point()
+
+
+def _more(items: list[str]) -> str:  # after the first three
+    return f" and {len(items) - 3} more" if len(items) > 3 else ""
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-009
 def load_weights(
@@ -73,29 +91,9 @@ def load_weights(
     "Fill a network, all parameters or none. Raises `CheckpointError`."
     own = model.state_dict()
     names = {key: key for key in own} if names is None else names
-    problems = _misfits({names[key]: item.shape for key, item in own.items()}, weights)
-    if problems:
-        found = ", ".join(problems[:3]) + _more(problems)
-        fix = "use a checkpoint of the same network and schema"
-        raise CheckpointError(where, f"the {len(own)} tensors of this network", found, fix)
+    _check_fit({names[key]: item for key, item in own.items()}, weights, where)
     model.load_state_dict({key: weights[names[key]] for key in own})
     return model
-
-
-def _misfits(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> list[str]:  # empty: all fits
-    "What the file lacks, what it has too much, and what has another shape."
-    missing = [f"{key} is missing" for key in shapes if key not in weights]
-    unknown = [f"{key} is unknown" for key in weights if key not in shapes]
-    reshaped = [
-        f"{key} has shape {tuple(weights[key].shape)} instead of {tuple(shape)}"
-        for key, shape in shapes.items()
-        if key in weights and weights[key].shape != shape
-    ]
-    return missing + unknown + reshaped
-
-
-def _more(items: list[str]) -> str:  # after the first three
-    return f" and {len(items) - 3} more" if len(items) > 3 else ""
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-012
 def _without_prefix(
@@ -219,19 +217,54 @@ def _not_published(path: str | Path, found: str) -> CheckpointError:  # to be ra
     return CheckpointError(path, expected, found, fix)
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-026
+class _Network(BaseModel):
+    "The section `config` of a checkpoint, of which the network is what counts here."
+
+    model: ModelConfig
+
+
+class _OwnCheckpoint(BaseModel):
+    "What a network is made from."
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    feature_metadata: dict[str, object]
+    config: _Network
+    state_dict: dict[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        "By the names of the network."
+        return {name.removeprefix("model."): value for name, value in self.state_dict.items()}
+
+
+def _own_checkpoint(path: str | Path, content: Mapping[str, object]) -> _OwnCheckpoint:
+    "Raise `CheckpointError` for a checkpoint of ours in which something is missing, or of another type."
+    try:
+        return _OwnCheckpoint.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where, expected = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+        found = "nothing" if first["type"] == "missing" else type(first["input"]).__name__
+        fix = "copy the file again, or name another checkpoint"
+        raise CheckpointError(f"{path}: {where}", expected, found, fix) from None
+
+# %% ../../nbs/2_network/23_weights.ipynb #23-501
 def load_model(
     checkpoint: str | Path,  # ours, or in the published layout
 ) -> tuple[TopoQANet, FeatureSchema | None]:
-    "The network of a checkpoint, in evaluation mode, and its schema. Raises `CheckpointError`."
+    "The network of a checkpoint, in evaluation mode, and its schema. Raises `CheckpointError`, `SchemaError`."
     content = read_checkpoint(checkpoint)
     if "feature_metadata" not in content:
         model = load_foreign_weights(checkpoint)
         _check_finite(checkpoint, model)
         return model.eval(), None
-    schema = FeatureSchema.from_dict(content["feature_metadata"])
-    model = build_model(schema, ModelConfig(**content["config"]["model"]))
-    weights = {name.removeprefix("model."): value for name, value in content["state_dict"].items()}
-    _check_finite(checkpoint, load_weights(model, weights, checkpoint))
+    own = _own_checkpoint(checkpoint, content)
+    schema = FeatureSchema.from_dict(own.feature_metadata, checkpoint)
+    with torch.device("meta"):  # its shapes alone; a file may ask for a network larger than the memory
+        _check_fit(build_model(schema, own.config.model).state_dict(), own.weights, checkpoint)
+    model = load_weights(build_model(schema, own.config.model), own.weights, checkpoint)
+    _check_finite(checkpoint, model)
     return model.eval(), schema
 
 
