@@ -34,6 +34,7 @@ COMMANDS = [
     "monitor",
     "archive",
     "validate",
+    "cache",
     "env",
     "config",
     "demo-data",

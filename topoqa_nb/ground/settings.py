@@ -221,6 +221,22 @@ class CoverageConfig(Section):
         "The least share of labels that must have a graph, 0 to 1."
         return self.minimum_percent if self.minimum_percent <= 1 else self.minimum_percent / 100
 
+# %% ../../nbs/0_ground/04_settings.ipynb #04-500
+def _uri(value: object) -> str | Path:
+    "A path or a URI in which no password stands: it would go into every file of a run."
+    text = str(_path(value))
+    userinfo, secret = (
+        re.search(r"://([^/@]*)@", text),
+        re.search(r"[?&]\w*(pass|pwd|token|secret)\w*=(?!\$\{MLFLOW_)", text, re.I),
+    )
+    if secret or (userinfo and re.search(r":(?!\$\{MLFLOW_)", userinfo[1])):
+        reason = {
+            "found": "a password in it",
+            "fix": "put it into an environment variable and write ${MLFLOW_...}, its name, instead",
+        }
+        raise PydanticCustomError("secret", "a URI without a password", reason)
+    return value
+
 # %% ../../nbs/0_ground/04_settings.ipynb #04-037
 class LoggingConfig(Section):
     "What the console and the log show."
@@ -234,7 +250,9 @@ class MlflowConfig(Section):
     "Optional experiment tracking."
 
     enabled: Flag = False  # True: a copy of the run goes to MLflow
-    tracking_uri: Annotated[str, BeforeValidator(_path)] = "./mlruns"  # a folder or a URI
+    tracking_uri: Annotated[str, BeforeValidator(_uri)] = (
+        "./mlruns"  # a folder or a URI; ${MLFLOW_...} is a variable
+    )
     experiment: str = "dynamic_topoqa"  # the group of runs in MLflow
     run_name: str | None = None  # None = the name of the run
     log_artifacts: Flag = True  # also the files of the run

@@ -164,6 +164,7 @@ def read_parent(
     checkpoint = Path(checkpoint).resolve()
     model, schema = load_model(checkpoint)
     check_features(checkpoint, schema, data.schema)
+    _check_encoder(checkpoint, model, config)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
     scores = predict(child, data.val)
     if not np.isfinite(scores).all():
@@ -173,6 +174,17 @@ def read_parent(
     rule = SelectionRule.from_config(config.selection)
     score = metrics | {"selection_metric": rule.metric(metrics["val_loss"], metrics["val_spearman_corr"])}
     return Parent(checkpoint, sha256_file(checkpoint), child, score)
+
+
+def _check_encoder(checkpoint: Path, model: TopoQANet, config: Config) -> None:
+    "Raise `CheckpointError` for a parent whose edge encoder is another one, as in the published checkpoint."
+    kind = "linear" if isinstance(model.edge_embedding, torch.nn.Linear) else "mlp"
+    if kind != config.model.edge_encoder:
+        expected, found = (
+            f"an edge encoder of the kind {config.model.edge_encoder}",
+            f"one of the kind {kind}",
+        )
+        raise CheckpointError(checkpoint, expected, found, f"set model.edge_encoder={kind}")
 
 # %% ../../nbs/4_training/44_training.ipynb #44-022
 def lineage(
