@@ -36,8 +36,8 @@ test: lint ## lint, run every page, run the tests
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -n 2
 
-test-faults: $(STAMP) ## kill runs at every change of the file system, and resume them; takes a quarter of an hour
-	TOPOQA_KILL_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py
+test-faults: $(STAMP) ## kill runs at every change of the file system, damage every file that is read; takes an hour
+	TOPOQA_KILL_EVERY=1 TOPOQA_DAMAGE_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_damage.py
 
 lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py

@@ -9,11 +9,14 @@ import torch
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.dataset import open_data
-from topoqa_nb.data.graphs import list_graphs
+from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
-from topoqa_nb.ground.core import SchemaError, read_json, write_json
+from topoqa_nb.ground.core import DataError, SchemaError, read_json, write_json
+from topoqa_nb.runs.leaderboard import print_rows
 from topoqa_nb.runs.record import RunDirectory
+from topoqa_nb.runs.runs import create_run
+from topoqa_nb.runs.selection import best_checkpoint
 from topoqa_nb.training.module import predict_split
 from topoqa_nb.training.training import train
 
@@ -76,13 +79,7 @@ def test_a_downloaded_run_does_not_decide_what_is_trusted(run, data, tmp_path, c
     write_json(run.metadata_file, metadata)
     more = ["resume", "--run-dir", run.path, "--override", "trainer.num_epochs=2", "--accept-drift"]
     assert "paths.trust_pickles=true" in refusal(capsys, *more)
-    for command in ("fine-tune", "run"):
-        words = (
-            ["--config", run.config_file]
-            if command == "run"
-            else ["--run-dir", run.path, "--run-root", tmp_path / "tuned"]
-        )
-        assert main([command, *map(str, words)]) in (1, 2)
+    refusal(capsys, "run", "--config", run.config_file)
     assert not proof.exists()
     assert main([*map(str, more), "--override", "paths.trust_pickles=true"]) == 0
     assert proof.exists()
@@ -106,3 +103,108 @@ def opened(run: RunDirectory, data: Path):
     return open_data(
         load_config(run.config_file, {f"paths.{name}": path for name, path in paths.items()}).config
     )
+
+
+# --- size ---
+
+
+def test_bombs_are_refused(data, tmp_path, capsys):
+    graph = torch.load(next(iter(list_graphs(data.graph_dir).values())), weights_only=False)
+    loop: dict = {}
+    loop["again"] = loop
+    doubled: object = "x" * 20
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    wide = torch.zeros(1).expand(100_000, 100_000)
+    changes = [
+        {"x": wide},
+        {"metadata": loop},
+        {"metadata": {"a": doubled}},
+        {"edge_attr": torch.empty(3, 3, device="meta")},
+    ]
+    for number, change in enumerate(changes):
+        bad = graph.clone()
+        for key, value in change.items():
+            bad[key] = value
+        file = tmp_path / f"{number}.pt"
+        torch.save(bad, file)
+        assert file.stat().st_size < 100_000
+        with pytest.raises(DataError, match=file.name):
+            read_graph(file)
+
+
+# --- places ---
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/b", "a\\b", ""])
+def test_names_that_climb_out_are_refused(run, capsys, name):
+    metadata = read_json(run.metadata_file)
+    write_json(run.metadata_file, metadata | {"checkpoints": metadata["checkpoints"] | {"best": name}})
+    assert "checkpoints.best" in refusal(capsys, "summarise", "--run-dir", run.path)
+    write_json(run.metadata_file, metadata)
+    content = torch.load(run.last_checkpoint, weights_only=True)
+    content["callbacks"]["RankedCheckpoints"]["candidates"][0]["filename"] = name
+    torch.save(content, run.last_checkpoint)
+    before = sorted(run.path.rglob("*"))
+    words = ("resume", "--run-dir", run.path, "--checkpoint", "last", "--override", "trainer.num_epochs=2")
+    assert "filename" in refusal(capsys, *words)
+    assert sorted(set(run.path.rglob("*")) - {run.path / ".lock"}) == [
+        path for path in before if path.name != ".lock"
+    ]
+
+
+# --- secrets ---
+
+
+def test_a_password_is_refused_and_not_repeated(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in (
+        "http://me:hunter2@host:5000",
+        "postgresql://me:hunter2@host/db",
+        "mysql://host/db?password=hunter2",
+    ):
+        words = ("run", "--config", "config.yaml", "--override", f"mlflow.tracking_uri={uri}")
+        assert "hunter2" not in refusal(capsys, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_cell_is_a_formula(capsys):
+    print_rows([{"run_name": name, "score": -0.5} for name in ("=1+1", "+a", "-b", "@c", "plain")], "csv")
+    names = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert names == ["'=1+1", "'+a", "'-b", "'@c", "plain"]
+
+
+# --- links that are not links ---
+
+
+@pytest.mark.parametrize("form", ["text", "far"])
+def test_what_lies_beside_a_link_that_is_none_is_found(run, capsys, form, tmp_path):
+    link = run.checkpoints / "best.ckpt"
+    meant, far = link.resolve(), f"/Volumes/D/runs/one/model_checkpoints/{link.resolve().name}"
+    link.unlink()
+    link.write_text(far) if form == "text" else link.symlink_to(far)
+    assert best_checkpoint(run.checkpoints) == meant
+    assert main(["summarise", "--run-dir", str(run.path)]) == 0
+    words = (
+        "run",
+        "--config",
+        run.config_file,
+        "--run-name",
+        "child",
+        "--output-root",
+        tmp_path / "new",
+        "--resume-from",
+        link,
+    )
+    assert ("a text that names another file" if form == "text" else "which the link to") in refusal(
+        capsys, *words
+    )
+    assert not (tmp_path / "new" / "child").exists()
+
+
+def test_latest_that_became_a_folder_is_left_alone(run, data, tmp_path):
+    root = tmp_path / "runs"
+    (root / "latest").mkdir()
+    loaded = load_config(None, settings_of(data, root))
+    create_run(root, "two", loaded, loaded.config)
+    assert (root / "two").is_dir() and (root / "latest").is_dir() and not (root / "latest").is_symlink()

@@ -302,6 +302,12 @@ def print_rows(
         columns = list(dict.fromkeys(name for row in rows for name in row))  # a run that is going has more
         writer = csv.DictWriter(sys.stdout, fieldnames=columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
     else:
         _print_tables(rows)
+
+
+def _harmless(value: object) -> object:
+    "A cell that no spreadsheet takes for a formula."
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value

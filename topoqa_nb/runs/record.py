@@ -128,6 +128,11 @@ _Number = Annotated[float, Field(strict=True, allow_inf_nan=False), _GIVEN] | No
 _Text = Annotated[str, Field(strict=True)] | None
 
 
+_FileName = Annotated[
+    str, Field(strict=True, pattern=r"^[^/\\\x00]+$")
+]  # in model_checkpoints/, and nowhere else
+
+
 _T = TypeVar("_T")
 
 
@@ -158,9 +163,9 @@ class Selection(_Part):
 class Checkpoints(_Part):
     "Names of files."
 
-    best: _Text = None
-    ranked: Annotated[list[str], _GIVEN] | None = None
-    last: _Text = None
+    best: _FileName | None = None
+    ranked: Annotated[list[_FileName], _GIVEN] | None = None
+    last: _FileName | None = None
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-019
 class Lineage(_Part):

@@ -80,6 +80,17 @@ def _write_configuration(run: RunDirectory, loaded: LoadedConfig, config: Config
     write_text(run.config_file, dump_config(config))
     write_text(run.config_dir / "applied_overrides.yaml", overrides)
 
+# %% ../../nbs/3_runs/33_runs.ipynb #33-500
+@contextmanager
+def _new_directory(path: Path) -> Iterator[Path]:
+    "`atomic_directory` for a run."
+    try:
+        with atomic_directory(path) as temporary:
+            yield temporary
+    except OSError as problem:
+        fix = "choose another run name or paths.save_dir"
+        raise RunError(path, "a new run directory", problem.strerror or str(problem), fix) from None
+
 # %% ../../nbs/3_runs/33_runs.ipynb #33-018
 def create_run(
     save_dir: str | Path,  # the run root, made when it is missing
@@ -107,19 +118,12 @@ def create_run(
         if notes:
             write_text(run.notes_file, notes.rstrip("\n") + "\n")
         write_json(run.metadata_file, merged(about, sections or {}))
-    replace_link(save_dir / "latest", save_dir / name)
+    latest = save_dir / "latest"
+    if (
+        latest.is_symlink() or not latest.exists()
+    ):  # a copy made of it a folder, or a text: that is left alone
+        replace_link(latest, save_dir / name)
     return RunDirectory(save_dir / name)
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    "`atomic_directory` for a run."
-    try:
-        with atomic_directory(path) as temporary:
-            yield temporary
-    except OSError as problem:
-        fix = "choose another run name or paths.save_dir"
-        raise RunError(path, "a new run directory", problem.strerror or str(problem), fix) from None
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-024
 METRIC_COLUMNS = (

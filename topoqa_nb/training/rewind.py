@@ -223,12 +223,25 @@ def finish_rewinds(
 ) -> None:
     "Carry out what a resume began, also one that was killed."
     for note in sorted(run.path.glob(f"resumed/*/{UNFINISHED}")):
-        said = read_json(note, RunError)
-        source = (run.path / said["source"]).resolve() if said["source"] else None
-        start = Start(source, read_checkpoint(source) if source else {}, said["after_epoch"])
+        said = _read_note(note)
+        source = (run.path / said.source).resolve() if said.source else None
+        start = Start(source, read_checkpoint(source) if source else {}, said.after_epoch)
         set_aside(run, note.parent, start.epoch)
         settle_checkpoints(run, start)
         note.unlink()
+
+
+class _Unfinished(BaseModel):
+    after_epoch: int = Field(ge=-1)
+    source: str | None
+
+
+def _read_note(note: Path) -> _Unfinished:
+    try:
+        return _Unfinished.model_validate(read_json(note, RunError))
+    except ValidationError as problem:
+        found = problem.errors()[0]["msg"]
+        raise RunError(note, "an epoch and a checkpoint", found, "restore the file from a copy") from None
 
 # %% ../../nbs/4_training/44a_rewind.ipynb #44a-028
 def rewind(
