@@ -1,16 +1,19 @@
 "What somebody else wrote may be wrong in any way: it runs nothing, writes nothing elsewhere, and is refused in one line."
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.dataset import open_data
 from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.entry import app
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import DataError, SchemaError, read_json, write_json
 from topoqa_nb.runs.leaderboard import print_rows
@@ -185,21 +188,13 @@ def test_what_lies_beside_a_link_that_is_none_is_found(run, capsys, form, tmp_pa
     link.write_text(far) if form == "text" else link.symlink_to(far)
     assert best_checkpoint(run.checkpoints) == meant
     assert main(["summarise", "--run-dir", str(run.path)]) == 0
-    words = (
-        "run",
-        "--config",
-        run.config_file,
-        "--run-name",
-        "child",
-        "--output-root",
-        tmp_path / "new",
-        "--resume-from",
-        link,
-    )
-    assert ("a text that names another file" if form == "text" else "which the link to") in refusal(
-        capsys, *words
-    )
-    assert not (tmp_path / "new" / "child").exists()
+    words = ["run", "--config", run.config_file, "--run-name", "child", "--output-root", tmp_path / "new"]
+    words += ["--resume-from", link]
+    if form == "text":
+        assert "a text that names another file" in refusal(capsys, *words)
+        assert not (tmp_path / "new" / "child").exists()
+    else:
+        assert main([str(word) for word in words]) == 0
 
 
 def test_latest_that_became_a_folder_is_left_alone(run, data, tmp_path):
@@ -208,3 +203,44 @@ def test_latest_that_became_a_folder_is_left_alone(run, data, tmp_path):
     loaded = load_config(None, settings_of(data, root))
     create_run(root, "two", loaded, loaded.config)
     assert (root / "two").is_dir() and (root / "latest").is_dir() and not (root / "latest").is_symlink()
+
+
+# --- what a message tells to do ---
+
+
+def test_options_that_errors_name_exist_on_their_commands(run, data, tmp_path, capsys, monkeypatch):
+    "Each error is provoked, and every option in its text is one of the command that said it."
+    monkeypatch.chdir(tmp_path)
+    commands = typer.main.get_command(app).commands
+    provoked = [
+        ("fine-tune", "--run-root", "nowhere"), ("fine-tune", "-p", "x"), ("resume", "--run-dir", run.path), ("resume", "--run-id", "one"), ("resume",), ("summarise",), ("monitor",),
+        ("resume", "--run-dir", run.path, "--override", "optimizer.learning_rate=1"), ("resume", "--run-dir", run.path, "--checkpoint", "third"),
+        ("archive",), ("archive", "--run-id", "one", "--root", "elsewhere"), ("batch", "--manifest", "nowhere.yaml"), ("pipeline", "--manifest", "nowhere.yaml"),
+        ("pipeline", "-p", "x;y=1"), ("ramdisk", "--", "--dry-run"), ("run", "--config", "nowhere.yaml"), ("run", "--config", run.config_file, "--resume-from", "gone"),
+        ("run", "--config", run.config_file, "--override", "mlflow.tracking_uri=http://a:b@c"), ("config", "--show", "nowhere.yaml"), ("validate", "--graph-dir", "nowhere"),
+    ]  # fmt: skip
+    for words in provoked:
+        said = refusal(capsys, *words)
+        own = {
+            option
+            for each in commands[words[0]].params
+            if each.opts[0].startswith("-")
+            for option in each.opts
+        }
+        known = (
+            own
+            | {"--help", "-p"}
+            | {option for other in commands for option in named_for(said, other, commands)}
+        )
+        fix = said.rpartition("; ")[2]
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", fix):
+            assert option in known, (words, said)
+
+
+def named_for(said: str, command: str, commands: dict) -> set[str]:
+    "The options of a command that a message names with it, as in `topoqa resume --force`."
+    return (
+        {option for each in commands[command].params for option in each.opts}
+        if f"topoqa {command}" in said
+        else set()
+    )

@@ -185,7 +185,9 @@ def leaderboard(
 ) -> list[dict[str, object]]:  # plain types, ready for JSON
     "Runs by best score. Raises `RunError` when the run root does not exist."
     if not Path(root).is_dir():
-        raise RunError(root, "the folder that holds the runs", "no such directory", "check --root")
+        raise RunError(
+            root, "the folder that holds the runs", "no such directory", "check the path of the run root"
+        )
     rows, unreadable = [], []
     for run in list_runs(root):
         try:

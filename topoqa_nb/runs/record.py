@@ -351,6 +351,6 @@ def update_metadata(
 def check_not_original(run: RunDirectory) -> None:
     "Raise `RunError` for a run of the original stack, which is only read."
     if is_original(run.path):
-        fix = "start a new run from its checkpoint with --resume-from"
+        fix = "start a new run from its checkpoint: topoqa run --resume-from"
         found = "a run of the original stack, which is only read"
         raise RunError(run.path, "a run of this package", found, fix)

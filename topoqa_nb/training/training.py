@@ -41,6 +41,7 @@ from topoqa_nb.ground.core import (
     sha256_file,
     write_json,
 )
+from ..ground.files import followed
 from ..ground.machine import thread_count
 from ..ground.settings import Config
 from ..ground.signals import Interrupted, interruptible
@@ -161,7 +162,7 @@ def read_parent(
     config: Config,  # of the fine-tune
 ) -> Parent:
     "Load, check and validate a parent. Raises `CheckpointError` and `SchemaError` naming the fields that differ."
-    checkpoint = Path(checkpoint).resolve()
+    checkpoint = followed(checkpoint).resolve()
     model, schema = load_model(checkpoint)
     check_features(checkpoint, schema, data.schema)
     _check_encoder(checkpoint, model, config)
