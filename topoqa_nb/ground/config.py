@@ -105,10 +105,10 @@ def _lifted(mapping: Mapping[str, object]) -> dict[str, object]:
     result, lifted = dict(mapping), {}
     for section, content in mapping.items():
         if section in _SECTIONS and isinstance(content, Mapping):
-            flat = {key for key in content if key in LEGACY_KEYS and f"{section}.{key}" not in FIELDS}
+            flat = [key for key in content if key in LEGACY_KEYS and f"{section}.{key}" not in FIELDS]
             lifted |= {key: content[key] for key in flat if key not in mapping}
             result[section] = {
-                key: value for key, value in content.items() if key not in flat & lifted.keys()
+                key: value for key, value in content.items() if key not in flat or key in mapping
             }
     return result | lifted
 
