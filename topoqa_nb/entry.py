@@ -91,11 +91,13 @@ def exit_code(
 def joined_pairs(
     arguments: Sequence[str],  # of the command line
 ) -> list[str]:
-    "`-p NAME VALUE` of papermill as `--parameter NAME=VALUE`."
+    "`-p NAME VALUE` of papermill, or `-p NAME=VALUE`, as `--parameter NAME=VALUE`."
     joined, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument == "-p" and len(rest) > 1:
+        if argument == "-p" and rest and "=" in rest[0]:  # no name has an equals sign
+            joined += ["--parameter", rest.pop(0)]
+        elif argument == "-p" and len(rest) > 1:
             joined += ["--parameter", f"{rest.pop(0)}={rest.pop(0)}"]
         else:
             joined.append(argument)

@@ -176,7 +176,9 @@ def fine_tune_values(
     if not values.get("graph_dir"):
         if run is None or run.is_original:
             found = f"none, and {start} lies in no run that names them"
-            raise ConfigError("graph_dir", "the graphs to fine-tune on", found, "name them with --graph-dir")
+            raise ConfigError(
+                "graph_dir", "the graphs to fine-tune on", found, "name them with -p graph_dir DIR"
+            )
         paths = load_config(run.config_file).config.paths
         names = {"graph_dir": paths.graph, "train_labels": paths.train_labels, "val_labels": paths.val_labels}
         data = {name: str(path) for name, path in names.items()}

@@ -128,7 +128,9 @@ def create_run(
         except RunError:  # the rename decides: of a name that was looked for, somebody was first
             if run_name is not None or not os.path.lexists(save_dir / name):
                 raise
-    replace_link(save_dir / "latest", made.path)
+    latest = save_dir / "latest"
+    if latest.is_symlink() or not latest.exists():  # a copy made of it a folder, or a text: left alone
+        replace_link(latest, made.path)
     return made
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-024

@@ -10,6 +10,7 @@ __all__ = ['PASS_NODES', 'PASS_EDGES', 'GPU_FACTOR', 'VALIDATION_BATCH', 'rng_st
 # %% ../../nbs/4_training/41_module.ipynb #41-003
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pytorch_lightning import LightningModule
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
 
 from ..data.batches import Split, make_loader
-from ..data.schema import FeatureSchema
+from ..data.schema import FeatureSchema, check_features, resolve_schema
 from ..ground.core import TrainingError, plain
 from ..ground.settings import Config, SchedulerConfig, TrainerConfig
 from ..network.metrics import regression_metrics
@@ -339,7 +340,17 @@ def predict_split(
     checkpoint: str | Path,  # of ours, or in the published layout
     split: Split,  # whose decoys are scored
     batch_size: int = VALIDATION_BATCH,  # graphs
+    *,
+    schema: FeatureSchema | None = None,  # of the graphs; None: as `resolve_schema` finds it
 ) -> np.ndarray:  # [len(split)] scores, in the order of the split
-    "Scores that a checkpoint gives to a split. Raises `CheckpointError`, and `SchemaError` for graphs of other widths."
-    model, _ = load_model(checkpoint)
+    "Scores that a checkpoint gives to a split. Raises `CheckpointError`, and `SchemaError` for graphs of other features."
+    model, trained_on = load_model(checkpoint)
+    if trained_on is not None:
+        check_features(checkpoint, trained_on, schema or _schema_of(split))
     return predict(model, split, batch_size)
+
+
+def _schema_of(split: Split) -> FeatureSchema:
+    "What the files beside the graphs of a split say; whoever opened the data was warned of contradictions."
+    with warnings.catch_warnings(action="ignore"):
+        return resolve_schema(split.store.graph_dir, models=split.names, store=split.store)

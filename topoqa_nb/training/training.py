@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import make_loader, prepare_workers
 from ..data.dataset import RunData, locate_data, open_data
-from ..data.schema import check_schema
+from ..data.schema import check_features
 from ..ground.config import LoadedConfig
 from ..ground.console import log, record
 from topoqa_nb.ground.core import (
@@ -42,6 +42,7 @@ from topoqa_nb.ground.core import (
     sha256_file,
     write_json,
 )
+from ..ground.files import followed
 from ..ground.machine import thread_count
 from ..ground.settings import Config
 from ..ground.signals import Interrupted, interruptible
@@ -172,10 +173,10 @@ def read_parent(
     config: Config,  # of the fine-tune
 ) -> Parent:
     "Load, check and validate a parent. Raises `CheckpointError` and `SchemaError` naming the fields that differ."
-    checkpoint = Path(checkpoint).resolve()
+    checkpoint = followed(checkpoint).resolve()
     model, schema = load_model(checkpoint)
-    if schema is not None:
-        check_schema(checkpoint, schema, data.schema)
+    check_features(checkpoint, schema, data.schema)
+    _check_encoder(checkpoint, model, config)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
     scores = predict(child, data.val)
     if not np.isfinite(scores).all():
@@ -185,6 +186,17 @@ def read_parent(
     rule = SelectionRule.from_config(config.selection)
     score = metrics | {"selection_metric": rule.metric(metrics["val_loss"], metrics["val_spearman_corr"])}
     return Parent(checkpoint, sha256_file(checkpoint), child, score)
+
+
+def _check_encoder(checkpoint: Path, model: TopoQANet, config: Config) -> None:
+    "Raise `CheckpointError` for a parent whose edge encoder is another one, as in the published checkpoint."
+    kind = "linear" if isinstance(model.edge_embedding, torch.nn.Linear) else "mlp"
+    if kind != config.model.edge_encoder:
+        expected, found = (
+            f"an edge encoder of the kind {config.model.edge_encoder}",
+            f"one of the kind {kind}",
+        )
+        raise CheckpointError(checkpoint, expected, found, f"set model.edge_encoder={kind}")
 
 # %% ../../nbs/4_training/44_training.ipynb #44-022
 def lineage(
