@@ -54,6 +54,7 @@ bench: $(STAMP) ## the timed comparisons of benchmarks/; DATA=folder adds its gr
 	$(BIN)/python benchmarks/sweep.py $(if $(DATA),--data "$(DATA)")
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/predict.py $(if $(DATA),--data "$(DATA)/graphs")
 
 lab: $(STAMP) ## open the pages in JupyterLab
 	$(BIN)/jupyter lab nbs
