@@ -17,7 +17,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from . import pipeline_commands  # noqa: F401  registers pipeline, fine-tune and ramdisk
+from topoqa_nb import (  # noqa: F401  they register their commands
+    evaluation_commands,
+    pipeline_commands,
+)
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground.config import dump_config, load_config
 from .ground.core import ConfigError, to_json
@@ -275,6 +278,7 @@ def archive_command(
 ORDER = (
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
+    *("evaluate", "compare", "split", "cross-validate"),
     *("validate", "env", "config", "demo-data"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))
