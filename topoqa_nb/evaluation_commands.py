@@ -79,7 +79,9 @@ def _asked_now(
         from topoqa_nb.runs.selection import best_checkpoint
         from topoqa_nb.sweep.cross_validation import split_frame
 
-    checkpoints = [best_checkpoint(RunDirectory(model)) if model.is_dir() else model for model in models]
+    checkpoints = [
+        best_checkpoint(RunDirectory(model).checkpoints) if model.is_dir() else model for model in models
+    ]
     split = load_split("labels", labels, open_store(graph_dir), target_regex=target_regex)
     return split_frame(checkpoints, split)
 
@@ -123,7 +125,7 @@ def evaluate_command(
     if out:
         print(f"report: {write_evaluation(found, out, overwrite)}", file=sys.stderr)
 
-
+# %% ../nbs/98b_evaluation_commands.ipynb #98b-011
 def _print_answer(content: dict, lines: list[str], table: "pd.DataFrame", format: str) -> None:
     if format == "json":
         print(to_json(content))
@@ -131,7 +133,7 @@ def _print_answer(content: dict, lines: list[str], table: "pd.DataFrame", format
         print(*lines, "", sep="\n")
         print_table(table)
 
-# %% ../nbs/98b_evaluation_commands.ipynb #98b-011
+# %% ../nbs/98b_evaluation_commands.ipynb #98b-012
 def _beside_baselines(
     frames: dict,
     graph_dir: Path | None,
@@ -167,7 +169,7 @@ def _show_comparison(found: object, out: Path | None, overwrite: bool, format: s
     if out:
         print(f"report: {write_comparison(found, out, overwrite)}", file=sys.stderr)
 
-# %% ../nbs/98b_evaluation_commands.ipynb #98b-017
+# %% ../nbs/98b_evaluation_commands.ipynb #98b-018
 @app.command("compare")
 def compare_command(
     predictions: Annotated[
@@ -197,7 +199,7 @@ def compare_command(
     how = {"target_regex": target_regex, "families": families, "bootstrap": bootstrap, "seed": seed}
     _show_comparison(compare(frames, labels=labels, **how), out, overwrite, format)
 
-# %% ../nbs/98b_evaluation_commands.ipynb #98b-020
+# %% ../nbs/98b_evaluation_commands.ipynb #98b-021
 @app.command("split")
 def split_command(
     graph_dir: Annotated[Path, typer.Option(help="Folder of graphs.")],
@@ -239,7 +241,7 @@ def split_command(
     write_split(decoys, parts, names, out, overwrite=overwrite, seed=seed, labels=labels, families=families)
     print_table(parts_table(decoys, parts, names))
 
-# %% ../nbs/98b_evaluation_commands.ipynb #98b-023
+# %% ../nbs/98b_evaluation_commands.ipynb #98b-024
 @app.command("cross-validate")
 def cross_validate_command(
     out: Annotated[Path, typer.Option(help="Folder for folds, predictions and evaluations.")],
@@ -256,8 +258,7 @@ def cross_validate_command(
 ) -> None:
     "One run a fold, judged on targets that it has not seen."
     if (manifest is None) == (config is None):
-        found = "neither" if config is None else "both"
-        raise ConfigError("--manifest, --config", "one of them", found, "name a manifest or a configuration")
+        raise ConfigError("--manifest, --config", "one of them", "neither or both", "name one of them")
     with fast_import():
         from topoqa_nb.answers.evaluation_report import summary_lines
         from topoqa_nb.sweep.cross_validation import cross_validate, manifest_of
@@ -265,17 +266,12 @@ def cross_validate_command(
         from topoqa_nb.sweep.sweep import run_jobs
         from topoqa_nb.sweep.table import listeners
 
-    say, watch = listeners()
+    how = {"folds": folds, "seed": seed, "families": families, "bootstrap": bootstrap, "overwrite": overwrite}
+    (say, watch), loaded = listeners(), load_manifest(manifest) if manifest else manifest_of(config)
     found = cross_validate(
-        load_manifest(manifest) if manifest else manifest_of(config),
+        loaded,
         out,
-        **{
-            "folds": folds,
-            "seed": seed,
-            "families": families,
-            "bootstrap": bootstrap,
-            "overwrite": overwrite,
-        },
+        **how,
         plan={"overrides": override, "output_root": output_root},
         train=lambda planned: run_jobs(planned, jobs=jobs, say=say, watch=watch, name="cross-validation"),
     )

@@ -73,7 +73,7 @@ def _moments(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = _unit(x), _unit(y)
     return np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], axis=1)
 
-
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-010
 _CONSTANT = 1e-13  # variance of values between 0 and 1 that rounding alone may leave
 
 
@@ -100,7 +100,7 @@ def resampled_pearson(
     "Pearson's correlation of every resample."
     return pearson_of(counts @ sums_of(_moments(x, y), cluster))
 
-# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-012
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-013
 _CHUNK = 2_000_000  # numbers of a matrix resamples x decoys that are held at once
 
 
@@ -134,7 +134,7 @@ class _Sorted:
         totals = self.totals(counts, cluster)
         return (np.cumsum(totals, axis=1) - (totals - 1) / 2)[:, self.step]
 
-# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-014
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-015
 def resampled_spearman(
     x: np.ndarray,  # scores, [n]
     y: np.ndarray,  # labels, [n]
@@ -152,7 +152,7 @@ def resampled_spearman(
         found.append(pearson_of(np.stack([n, 0 * n, 0 * n, *sums], axis=1)))
     return np.concatenate(found)
 
-
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-016
 def resampled_classification(
     x: np.ndarray,  # scores, [n]
     y: np.ndarray,  # labels, [n]
@@ -192,7 +192,7 @@ def _average_precision(good: np.ndarray, every: np.ndarray, below: np.ndarray, n
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.full(np.shape(above), math.nan), where=below > 0)
 
-# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-016
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-018
 MOST_PAIRED = 12_000  # decoys of which all pairs are looked at, about 4 seconds
 
 
@@ -226,7 +226,7 @@ def resampled_kendall(
     agreement, in_x, in_y = (((weights @ pairs) * weights).sum(axis=1) for pairs in sums)
     return np.where((in_x == 0) & (in_y > 0), 0.0, _ratio(agreement, np.sqrt(in_x * in_y)))
 
-# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-018
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-020
 def _resampled_means(
     decoys: pd.DataFrame, cluster: np.ndarray, counts: np.ndarray, targets: pd.DataFrame
 ) -> dict[str, np.ndarray]:
@@ -264,7 +264,7 @@ def _resampled_family_pearson(
     sums = sums_of(_moments(x, y), family)
     return pearson_of(counts @ (sums / sums[:, :1]))
 
-# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-019
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-021
 def resampled_measures(
     decoys: pd.DataFrame,  # from `scored_decoys`, its index 0 to n - 1
     counts: np.ndarray,  # from `draw_counts`, of families if there is such a column, else of targets
@@ -287,7 +287,7 @@ def resampled_measures(
         found |= {f"spread_error_{name}": values for name, values in spread.items()}
     return found
 
-# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-026
+# %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-028
 def coverage(
     correlation: float,  # the true one, -1 to 1
     make: Callable[[int], pd.DataFrame],  # seed -> decoys, as `simulated_decoys` makes them

@@ -58,17 +58,12 @@ class Evaluation:
     @cached_property
     def resampled(self) -> dict[str, np.ndarray]:
         "Every measure in every resample; empty without a bootstrap."
-        if not self.resamples:
-            return {}
-        counts = draw_counts(self.scored.clusters.nunique(), self.resamples, self.seed)
-        return resampled_measures(self.scored.table, counts, self.targets)
+        return _resampled(self) if self.resamples else {}
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
         "95 % intervals, where there are some."
-        clusters = self.scored.clusters.nunique()
-        found = {name: interval(values, clusters) for name, values in self.resampled.items()}
-        return {name: ends for name, ends in found.items() if math.isfinite(ends[0])}
+        return _intervals(self.resampled, self.scored.clusters.nunique())
 
     def table(self) -> pd.DataFrame:
         "A row for each measure, for a person."
@@ -82,7 +77,17 @@ class Evaluation:
         "Everything, for JSON."
         return evaluation_dict(self)
 
-# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-008
+# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-007
+def _resampled(evaluation: Evaluation) -> dict[str, np.ndarray]:
+    counts = draw_counts(evaluation.scored.clusters.nunique(), evaluation.resamples, evaluation.seed)
+    return resampled_measures(evaluation.scored.table, counts, evaluation.targets)
+
+
+def _intervals(resampled: Mapping[str, np.ndarray], clusters: int) -> dict[str, tuple[float, float]]:
+    found = {name: interval(values, clusters) for name, values in resampled.items()}
+    return {name: ends for name, ends in found.items() if math.isfinite(ends[0])}
+
+# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-009
 def evaluate(
     frame: pd.DataFrame,  # MODEL, prediction; dockq without labels, target where names do not tell; spread if known
     *,
@@ -102,7 +107,7 @@ def evaluate(
     found.resampled  # too few targets are refused here, not when somebody looks  # noqa: B018
     return found
 
-# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-011
+# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-012
 def evaluation_table(
     evaluation: Evaluation,
 ) -> pd.DataFrame:  # measure, value, low, high, possible maximum, targets
@@ -118,7 +123,7 @@ def evaluation_table(
         rows.append({"measure": measure_title(name)} | ends | {"targets": counted})
     return pd.DataFrame(rows, index=list(evaluation.values))
 
-# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-015
+# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-016
 def left_out(
     evaluation: Evaluation,
 ) -> list[str]:  # sentences; empty when nothing is
@@ -130,7 +135,7 @@ def left_out(
     notes += [f"{flat} of {len(targets)} targets have equal labels: no correlation"] * bool(flat)
     return notes
 
-# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-018
+# %% ../../nbs/5_answers/51c_evaluation.ipynb #51c-019
 def evaluation_figures(
     evaluation: Evaluation,
 ) -> dict[str, Figure]:  # file name -> figure

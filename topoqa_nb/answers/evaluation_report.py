@@ -68,7 +68,7 @@ img { max-width: 100%; height: auto; }
   img, tr { break-inside: avoid; } }
 """
 
-
+# %% ../../nbs/5_answers/51d_evaluation_report.ipynb #51d-010
 def figure_png(
     figure: Figure,
 ) -> bytes:
@@ -107,7 +107,7 @@ def html_page(
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><div class="answer">{box}</div>{parts}</body></html>\n'
 
-# %% ../../nbs/5_answers/51d_evaluation_report.ipynb #51d-010
+# %% ../../nbs/5_answers/51d_evaluation_report.ipynb #51d-011
 def evaluation_html(
     evaluation: Evaluation,
 ) -> str:
@@ -122,7 +122,7 @@ def evaluation_html(
     }
     return html_page(f"Evaluation of {evaluation.name}", summary_lines(evaluation), sections)
 
-# %% ../../nbs/5_answers/51d_evaluation_report.ipynb #51d-013
+# %% ../../nbs/5_answers/51d_evaluation_report.ipynb #51d-014
 EVALUATION_FILES = ("evaluation.json", "evaluation.html", "measures.csv", "targets.csv", "figures/*.png")
 
 

@@ -29,7 +29,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _read_json(path: Path) -> pd.DataFrame:
-    return pd.read_json(path, orient="records", dtype=dict.fromkeys(_TEXT, str), convert_dates=False)
+    return pd.read_json(path, orient="records", dtype=dict.fromkeys(_TEXT, str))
 
 
 READERS = {".csv": _read_csv, ".parquet": pd.read_parquet, ".json": _read_json}
@@ -73,7 +73,7 @@ def check_predictions(
     numbers = {name: _numbers(table, name, where) for name in table if _is_number(name)}
     return table.assign(**names, **numbers).reset_index(drop=True)
 
-
+# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-009
 def _is_number(column: str) -> bool:
     return column in ("prediction", "dockq", "spread") or str(column).startswith("prediction_")
 
@@ -100,7 +100,7 @@ def _numbers(table: pd.DataFrame, column: str, where: object) -> pd.Series:
         )
     return values
 
-# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-011
+# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-012
 def with_labels(
     table: pd.DataFrame,  # from `check_predictions`
     labels: str | Path | None,  # label file; None: the table has a column dockq
@@ -123,7 +123,7 @@ def with_labels(
     notes += [f"{len(missing)} labels have no prediction: {_few(missing)}"] * bool(missing)
     return table.assign(dockq=known)[known.notna()].reset_index(drop=True), notes
 
-# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-014
+# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-015
 def with_targets(
     table: pd.DataFrame,  # with MODEL, perhaps with target
     target_regex: str | None = None,  # for decoys in no folder, see `target_of`
@@ -140,7 +140,7 @@ def with_targets(
         raise DataError("targets of the decoys", "one for each", reason, fix)
     return table.assign(target=found)
 
-# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-017
+# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-018
 def read_families(
     path: str | Path,  # CSV with the columns target and family
 ) -> dict[str, str]:  # target -> family
@@ -176,7 +176,7 @@ def family_of(
         )
     return found
 
-# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-020
+# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-021
 @dataclass(frozen=True, eq=False)
 class ScoredDecoys:
     "What can be judged, and what a reader should know about it."
@@ -209,7 +209,7 @@ def scored_decoys(
     ]
     return ScoredDecoys(found[columns].sort_values(["target", "MODEL"], ignore_index=True), tuple(notes))
 
-# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-024
+# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-025
 def check_free(
     out: str | Path,  # the folder that should be written
     own: Sequence[str],  # patterns of the names that the command writes
@@ -250,7 +250,7 @@ def answer_folder(
         shutil.rmtree(out)
     complete.rename(out)
 
-# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-027
+# %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-028
 def simulated_decoys(
     targets: int = 12,  # complexes, > 0
     decoys: int = 15,  # poses of each, > 0

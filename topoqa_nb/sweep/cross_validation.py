@@ -132,7 +132,7 @@ class CrossValidation:
     tests: dict[str, list[Path]]  # name of a job -> label file of each fold
     data: dict[str, PathsConfig]  # name of a job -> where its graphs lie
 
-
+# %% ../../nbs/6_sweep/65_cross_validation.ipynb #65-016
 def plan_cross_validation(
     manifest: Manifest,
     out: str | Path,  # a folder; new, or an earlier cross-validation
@@ -163,7 +163,7 @@ def plan_cross_validation(
     tests = {name: [fold["test"] for fold in parts] for name, parts in files.items()}
     return CrossValidation(manifest, out, planned, tests, data)
 
-
+# %% ../../nbs/6_sweep/65_cross_validation.ipynb #65-017
 def _write_folds(
     labels: Sequence[Mapping[str, pd.DataFrame]], folder: Path, final: Path
 ) -> list[dict[str, Path]]:
@@ -174,7 +174,7 @@ def _write_folds(
             write_text(folder / files[part], table.to_csv(index=False))
     return [{part: final / file for part, file in files.items()} for files in names]
 
-# %% ../../nbs/6_sweep/65_cross_validation.ipynb #65-016
+# %% ../../nbs/6_sweep/65_cross_validation.ipynb #65-018
 def finish_cross_validation(
     planned: CrossValidation,
     result: SweepResult,  # of its runs
@@ -201,7 +201,7 @@ def finish_cross_validation(
         write_evaluation(found[name], planned.out / name / "evaluation")
     return found
 
-
+# %% ../../nbs/6_sweep/65_cross_validation.ipynb #65-019
 def cross_validate(
     manifest: Manifest,
     out: str | Path,  # a folder; new, or an earlier cross-validation
