@@ -18,7 +18,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from . import answer_commands, pipeline_commands  # noqa: F401  register their commands
+from topoqa_nb import (  # noqa: F401  they register their commands
+    answer_commands,
+    evaluation_commands,
+    pipeline_commands,
+)
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground.config import dump_config, load_config
 from .ground.core import ConfigError, to_json
@@ -303,7 +307,7 @@ def archive_command(
 ORDER = (
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
-    *("predict", "export"),
+    *("predict", "evaluate", "compare", "split", "cross-validate", "export"),
     *("validate", "cache", "env", "config", "demo-data"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))
