@@ -36,8 +36,8 @@ test: lint ## lint, run every page, run the tests
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-faults: $(STAMP) ## kill runs at every change of the file system, and resume them; takes a quarter of an hour
-	TOPOQA_KILL_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py
+test-faults: $(STAMP) ## kill at every change of the file system and go on; damage every file that is read; takes hours
+	TOPOQA_KILL_EVERY=1 TOPOQA_DAMAGE_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_kills_of_commands.py tests/test_damage.py
 
 lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py
@@ -54,6 +54,7 @@ bench: $(STAMP) ## the timed comparisons of benchmarks/; DATA=folder adds its gr
 	$(BIN)/python benchmarks/sweep.py $(if $(DATA),--data "$(DATA)")
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/predict.py $(if $(DATA),--data "$(DATA)/graphs")
 
 lab: $(STAMP) ## open the pages in JupyterLab
 	$(BIN)/jupyter lab nbs

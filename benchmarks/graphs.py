@@ -1,10 +1,13 @@
 """Data sets to measure with: random graphs of two sizes, with labels."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
 from torch_geometric.data import Data
+
+from topoqa_nb.data.graphs import list_graphs
 
 NODE_WIDTH, EDGE_WIDTH = 172, 11  # of the builds that were measured
 SIZES = {"real": (35, 114), "big": (91, 902)}  # nodes and edges of a graph, on average
@@ -39,6 +42,19 @@ def write_graphs(folder: Path, count: int, size: str) -> Path:
             torch.save(random_graph(size, generator), path)
         else:
             os.link(folder / f"{graph_name(number % DISTINCT)}.pt", path)
+    return folder
+
+
+def repeat_graphs(folder: Path, count: int, source: Path) -> Path:
+    "So many graph files, which are those of a directory again and again: links where the file system allows."
+    files = list(list_graphs(source).values())
+    for number in range(count):
+        path = folder / f"{graph_name(number)}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(files[number % len(files)], path)
+        except OSError:  # another file system, or no right to link to another user's file
+            shutil.copy(files[number % len(files)], path)
     return folder
 
 

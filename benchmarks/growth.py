@@ -9,20 +9,15 @@ system takes back when it needs the memory.
 
 import argparse
 import os
-import subprocess
-import sys
 import tempfile
-import time
-from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
-import psutil
 from graphs import SIZES, write_data_set
+from measure import watched
 
 SIDES = ("original", "store")
-SOURCES = {"anonymous": ("smaps_rollup", "Pss_Anon:"), "mapped": ("status", "RssFile:")}
 
 
 def train(side: str, data: Path, scratch: Path) -> None:
@@ -36,30 +31,10 @@ def train(side: str, data: Path, scratch: Path) -> None:
     print(seconds[-1])
 
 
-def memory(process: psutil.Process, kind: str) -> float:
-    "Memory of a process and its children; what forked processes share counts once (MB)."
-    name, field = SOURCES[kind]
-    total = 0
-    for each in [process, *process.children(recursive=True)]:
-        with suppress(OSError):  # ended meanwhile
-            lines = Path(f"/proc/{each.pid}/{name}").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if line.startswith(field))
-    return total * 1024 / 1e6
-
-
 def watch(side: str, data: Path, scratch: Path) -> tuple[float, dict[str, float]]:
     "Seconds of an epoch, and the highest memory of the process (MB)."
-    command = [sys.executable, __file__, "--one", side, str(data), str(scratch)]
-    highest = dict.fromkeys(SOURCES, 0.0)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    watched = psutil.Process(process.pid)
-    while process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            highest = {kind: max(value, memory(watched, kind)) for kind, value in highest.items()}
-        time.sleep(0.02)
-    if process.returncode:
-        sys.exit(f"{side} failed")
-    return float(process.stdout.read()), highest
+    said, highest = watched([__file__, "--one", side, str(data), str(scratch)])
+    return float(said), highest
 
 
 def compare(count: int, size: str) -> None:

@@ -5,11 +5,14 @@ import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from topoqa_nb.ground.machine import available_cores
@@ -73,3 +76,31 @@ def timed(action: Callable[..., object], times: list[float]) -> Callable[..., ob
             times.append(time.perf_counter() - start)
 
     return run
+
+
+SOURCES = {"anonymous": ("smaps_rollup", "Pss_Anon:"), "mapped": ("status", "RssFile:")}
+
+
+def memory(process: psutil.Process, kind: str) -> float:
+    "Memory of a process and its children; what forked processes share counts once (MB)."
+    name, field = SOURCES[kind]
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(OSError):  # ended meanwhile
+            lines = Path(f"/proc/{each.pid}/{name}").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith(field))
+    return total * 1024 / 1e6
+
+
+def watched(script: Sequence[str]) -> tuple[str, dict[str, float]]:  # its output, and MB by kind
+    "Run a script in a process of its own, watched from outside for its highest memory."
+    highest = dict.fromkeys(SOURCES, 0.0)
+    process = subprocess.Popen([sys.executable, *script], stdout=subprocess.PIPE, text=True)
+    seen = psutil.Process(process.pid)
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            highest = {kind: max(value, memory(seen, kind)) for kind, value in highest.items()}
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"{' '.join(script)} failed")
+    return process.stdout.read(), highest

@@ -126,7 +126,8 @@ class OriginalModule(LightningModule):
         self.seen = []
 
     def validation_step(self, batch, index: int) -> None:
-        self.seen.append((self.model(in_precision(batch, self.dtype)).double(), batch.y.double()))
+        prediction = self.model(in_precision(batch, self.dtype))
+        self.seen.append((prediction.double().cpu(), batch.y.double().cpu()))
 
     def on_validation_epoch_end(self) -> None:
         prediction, dockq = (torch.cat(part) for part in zip(*self.seen, strict=True))

@@ -225,7 +225,7 @@ def test_sound_labels_are_what_read_labels_reads(tmp_path: Path, rows: str):
     ("content", "problem"),
     [
         ("", "an empty file"),
-        ("MODEL,DockQ\na,0.5\n", "found columns"),
+        ("MODEL,score\na,0.5\n", "found columns"),
         ("MODEL,dockq\na,nan\n", "none with a finite dockq"),
         ("MODEL,dockq\na,2\n", "found 2 for a"),
         ("MODEL,dockq\na,0.1,0.2\n", "Expected 2 fields"),

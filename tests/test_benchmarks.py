@@ -14,6 +14,7 @@ LITTLE = {
     "sweep": ["--graphs", "40", "--repeats", "1", "--epochs", "1"],
     "growth": ["--graphs", "40"],
     "store": ["--graphs", "40", "--repeats", "1"],
+    "predict": ["--graphs", "40", "--repeats", "1"],
     "kernel": ["--graphs", "2", "--rounds", "1", "--nodes", "9", "--edges", "30"],
 }
 SAID = {
@@ -22,6 +23,7 @@ SAID = {
     "sweep": "x the speed of the original's way",
     "growth": "peak memory: anonymous",
     "store": "with sidecar",
+    "predict": "graphs a second",
     "kernel": "reference / kernel",
 }
 NOT_RUN = {"graphs", "measure", "original"}  # what the scripts share

@@ -38,6 +38,7 @@ COMMANDS = [
     "predict",
     "export",
     "validate",
+    "cache",
     "env",
     "config",
     "demo-data",

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import in_turn
 
 from topoqa_nb.data.tiny import DemoPaths
+from topoqa_nb.runs.record import read_metadata
 
 CACHE_OF_PYTORCH = "torchinductor_"  # one folder for a user, always of the same name
 
@@ -93,3 +95,34 @@ def test_a_folder_whose_sockets_loader_processes_could_not_use_is_refused(folder
     assert len(said.splitlines()) == 1
     assert not (deep / "training_runs").exists()
     assert left_in(deep) == []
+
+
+def stopped_after(seconds: float, signum: int, *arguments: object) -> tuple[int, str]:
+    "Exit code and standard error of a command that gets a signal so early."
+    process = subprocess.Popen(
+        [sys.executable, "-m", "topoqa_nb.cli", *map(str, arguments)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    time.sleep(seconds)
+    process.send_signal(signum)
+    _, said = process.communicate(timeout=120)
+    with pytest.raises(ProcessLookupError):  # nothing that it started is left
+        os.killpg(process.pid, 0)
+    return process.returncode, said
+
+
+@in_turn(
+    "seconds, signum",
+    [(0.5, signal.SIGTERM), (1.0, signal.SIGINT), (1.5, signal.SIGHUP), (2.0, signal.SIGUSR1)],
+)
+def test_a_signal_in_the_first_moments_is_one_line(
+    seconds: float, signum: int, demo: DemoPaths, tmp_path: Path
+):
+    "Imports, reading, a server that has only just begun: no traceback, and no run that says it is running."
+    settings = {"paths.graph": demo.graph_dir, "paths.save_dir": tmp_path, "num_epochs": 100_000}
+    overrides = [part for key, value in settings.items() for part in ("--override", f"{key}={value}")]
+    code, said = stopped_after(seconds, signum, "run", "--config", "config.yaml", *overrides)
+    assert (code, said) == (128 + signum, f"topoqa: stopped by {signum.name}\n")
+    metadata = list(tmp_path.glob("*/run_metadata.json"))
+    assert all(read_metadata(file.parent)["status"] == "interrupted" for file in metadata)
+    assert not list(tmp_path.rglob("*.tmp"))

@@ -360,7 +360,7 @@ def test_a_copy_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path
 
 @linux
 def test_a_process_whose_parent_died_before_it_asked_stops_at_once():
-    code = "import time; from topoqa_nb.sweep.processes import stop_without_parent; stop_without_parent(1)"
+    code = "import time; from topoqa_nb.ground.signals import stop_with_parent; stop_with_parent(1)"
     done = subprocess.run([sys.executable, "-c", f"{code}; time.sleep(60)"], timeout=30)
     assert done.returncode == -signal.SIGTERM
 

@@ -1,11 +1,13 @@
 """Run directories: kills, races, git, damage. What the page does not show."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -156,25 +158,50 @@ def test_default_names_of_one_second_differ(root, loaded, monkeypatch):
     assert re.fullmatch(r"training_run_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", default_run_name(root))
 
 
-def create_and_tell(root, queue):
+def create_and_tell(root, name, barrier, queue):
     loaded = load_config(None)
+    barrier.wait()
     try:
-        queue.put(create_run(root, "same", loaded, loaded.config).name)
+        queue.put(create_run(root, name, loaded, loaded.config).name)
     except RunError:
         queue.put("refused")
 
 
-def test_of_several_processes_one_gets_the_name(root):
+def created_at_once(root, name):
+    "What four processes are told that make a run at the same time."
     context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    processes = [context.Process(target=create_and_tell, args=(root, queue)) for _ in range(4)]
+    queue, barrier = context.Queue(), context.Barrier(4)
+    arguments = (root, name, barrier, queue)
+    processes = [context.Process(target=create_and_tell, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
     told = sorted(queue.get(timeout=60) for _ in processes)
     for process in processes:
         process.join()
-    assert told == ["refused", "refused", "refused", "same"]
+    return told
+
+
+def test_of_several_processes_one_gets_the_name(root):
+    assert created_at_once(root, "same") == ["refused", "refused", "refused", "same"]
     assert entries(root) == ["latest", "same"]
+
+
+def test_starts_in_one_second_take_different_names(root, monkeypatch):
+    "The names are looked for at the same time, so only the making of the directory can decide."
+    looked = runs.default_run_name
+    found = multiprocessing.get_context("fork").Barrier(4)
+
+    def together(save_dir):
+        name = looked(save_dir)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            found.wait(0.5)
+        return name
+
+    monkeypatch.setattr(runs, "default_run_name", together)
+    names = created_at_once(root, None)
+    assert len(set(names)) == 4 and "refused" not in names
+    assert entries(root) == ["latest", *names]
+    assert all(read_metadata(RunDirectory(root / name))["run_name"] == name for name in names)
 
 
 def test_a_failure_on_the_way_leaves_nothing(root, loaded, monkeypatch):

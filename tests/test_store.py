@@ -26,7 +26,7 @@ from topoqa_nb.data import packing as packing_module
 from topoqa_nb.data import store as store_module
 from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.store import GraphStore, open_store
-from topoqa_nb.ground.core import DataError, SchemaError
+from topoqa_nb.ground.core import DataError, SchemaError, TrainingError
 
 TENSORS = ("x", "edge_index", "edge_attr", "batch", "ptr")
 needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="forked processes are used on Linux only")
@@ -608,6 +608,22 @@ def test_the_mapped_arrays_cannot_be_written(opened):
     for array in (store.x, store.edges, store.edge_attr):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_is_named(opened, originals: list[Data]):
+    "Reading what is gone would end the process by SIGBUS; a file that is only removed stays readable."
+    store = opened()
+    shutil.rmtree(store.folder)
+    assert_holds(store, originals)
+    store = opened()
+    file, whole = store.folder / "x", store.x.nbytes
+    os.truncate(file, whole // 2)
+    with pytest.raises(TrainingError) as caught:
+        store.subset(store.names[:1]).graph(0)
+    assert str(caught.value).startswith(
+        f"{file}: expected {whole} bytes, as when it was opened, found {whole // 2};"
+    )
+    assert_holds(opened(), originals)
 
 
 # --- no place to write ---

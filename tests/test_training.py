@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from multiprocessing.context import ForkProcess
@@ -263,8 +264,8 @@ def test_the_demo_is_learnt_and_shuffled_labels_are_not(demo_set, tmp_path):
     [
         ("trainer.limit_val_batches", 0.25, "0.25 of 1, which hold 64 graphs each; write a number of batches (1 to 1), a fraction from 1, or null"),
         ("trainer.limit_train_batches", 0.001, "0.001 of 4, which hold 2 graphs each; write a number of batches (1 to 4), a fraction from 0.25"),
-        ("trainer.strategy", "foo", "trainer: expected settings that Lightning takes"),
-        ("trainer.strategy", "fsdp", "trainer: expected settings that Lightning takes"),
+        ("trainer.strategy", "foo", "trainer.strategy: expected auto or ddp: a training is one process, found foo"),
+        ("trainer.devices", 2, "trainer.devices: expected 1 or auto: a training is one process, found 2; set trainer.devices=1"),
     ],
 )  # fmt: skip
 def test_what_lightning_would_refuse_leaves_no_run(tiny, tmp_path, key, value, says):
@@ -272,6 +273,35 @@ def test_what_lightning_would_refuse_leaves_no_run(tiny, tmp_path, key, value, s
         run_once(tiny, tmp_path / "runs", **{key: value})
     assert says in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_variables_of_a_scheduler_change_nothing(tiny, tmp_path):
+    "The third of several tasks, as Slurm and torchrun would say it; nobody asked for several processes."
+    slurm = {"JOB_ID": "1", "NTASKS": "8", "JOB_NAME": "sweep", "PROCID": "2", "LOCALID": "2", "NODEID": "1"}
+    elastic = {
+        "RANK": "2",
+        "LOCAL_RANK": "2",
+        "WORLD_SIZE": "8",
+        "GROUP_RANK": "1",
+        "TORCHELASTIC_RUN_ID": "a",
+    }
+    variables = {f"SLURM_{name}": value for name, value in slurm.items()} | elastic | {"NODE_RANK": "1"}
+    plain = run_once(tiny, tmp_path, "plain")
+    overrides = [
+        part
+        for key, value in (tiny | {"paths.save_dir": tmp_path}).items()
+        for part in ("--override", f"{key}={value}")
+    ]
+    command = [sys.executable, "-m", "topoqa_nb.cli", "run", "--config", "config.yaml", "--run-name", "task"]
+    done = subprocess.run(
+        [*command, *overrides], env=os.environ | variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    task = RunDirectory(tmp_path / "task")
+    assert task.metrics_file.read_bytes() == plain.metrics_file.read_bytes()
+    assert sorted(path.name for path in task.checkpoints.iterdir()) == sorted(
+        path.name for path in plain.checkpoints.iterdir()
+    )
 
 
 def test_a_fraction_that_leaves_a_batch_trains(tiny, tmp_path):

@@ -1,6 +1,13 @@
 __version__ = "0.1.0"
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from topoqa_nb.ground.signals import end_without_cleaning
+
+if "topoqa_nb.cli" in sys.orig_argv[1:4] or "topoqa" in map(lambda word: Path(word).name, sys.orig_argv[1:2]):
+    end_without_cleaning()  # the command begins: a signal meets imports, and nothing to clean up
 
 if TYPE_CHECKING:
     from topoqa_nb.data.schema import resolve_schema as resolve_schema

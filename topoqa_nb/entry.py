@@ -7,9 +7,9 @@ __all__ = ['app', 'RUN_ROOT', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', '
            'joined_pairs', 'main', 'shell', 'job_count', 'chosen_run']
 
 # %% ../nbs/97_entry.ipynb #97-002
+import faulthandler
 import io
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,16 +20,27 @@ from typing import Annotated, Literal
 import typer
 from typer.exceptions import TyperException
 
+from . import __version__
 from .ground.console import check_text, console_for, to_nobody
 from .ground.core import ConfigError, TopoqaError, TrainingError, resource_error
-from .ground.signals import Interrupted
+from .ground.signals import Interrupted, end_without_cleaning, interruptible
 
 # %% ../nbs/97_entry.ipynb #97-102
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"topoqa {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def topoqa() -> None:
+def topoqa(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     "Trains graph networks that score predicted protein complexes, on whatever features the graphs hold."
 
 # %% ../nbs/97_entry.ipynb #97-006
@@ -80,11 +91,13 @@ def exit_code(
 def joined_pairs(
     arguments: Sequence[str],  # of the command line
 ) -> list[str]:
-    "`-p NAME VALUE` of papermill as `--parameter NAME=VALUE`."
+    "`-p NAME VALUE` of papermill, or `-p NAME=VALUE`, as `--parameter NAME=VALUE`."
     joined, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
-        if argument == "-p" and len(rest) > 1:
+        if argument == "-p" and rest and "=" in rest[0]:  # no name has an equals sign
+            joined += ["--parameter", rest.pop(0)]
+        elif argument == "-p" and len(rest) > 1:
             joined += ["--parameter", f"{rest.pop(0)}={rest.pop(0)}"]
         else:
             joined.append(argument)
@@ -95,16 +108,19 @@ def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
 ) -> int:  # exit code
     "The command line."
+    if arguments is None:
+        end_without_cleaning()
+    if arguments is None and sys.stderr and not faulthandler.is_enabled():
+        faulthandler.enable(all_threads=False)  # names a SIGBUS or SIGSEGV, and where it happened
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if arguments[0] in ("pipeline", "fine-tune"):
         arguments = joined_pairs(arguments)
     with console_for(arguments[0]):
         try:
             check_text(arguments)
-            code = app(args=arguments, prog_name="topoqa", standalone_mode=False)
-            sys.stdout.flush()
-            if code == 128 + signal.SIGINT:  # Ctrl-C before anything began; Typer keeps silent about it
-                raise Interrupted(signal.SIGINT)
+            with interruptible():
+                code = app(args=arguments, prog_name="topoqa", standalone_mode=False)
+                sys.stdout.flush()
             return code or 0
         except BaseException as problem:
             if isinstance(problem, SystemExit):

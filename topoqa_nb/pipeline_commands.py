@@ -8,6 +8,7 @@ __all__ = ['Parameter', 'NOTEBOOK_NAMES', 'given_parameters', 'parameter_value',
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-002
 import inspect
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
@@ -31,6 +32,10 @@ def given_parameters(
         name, equals, text = pair.partition("=")
         if not equals:
             raise ConfigError(f"-p {pair}", "NAME VALUE", "a name alone", "write a value after the name")
+        if not name.isidentifier() or keyword.iskeyword(name):  # papermill writes it into a cell as it is
+            raise ConfigError(
+                f"-p {name}", "a name of letters, digits and _", ascii(name), "name a parameter"
+            )
         given[name] = parameter_value(text)
     return given
 

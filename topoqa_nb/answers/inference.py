@@ -22,8 +22,8 @@ from .predictions import prediction_table
 from ..data.batches import few
 from ..data.graphs import check_graph, list_graphs, read_graph
 from ..data.labels import target_of
-from ..data.packing import graph_digest, reported
-from ..data.schema import FeatureSchema, check_schema, resolve_schema
+from ..data.packing import digest_of, reported
+from ..data.schema import FeatureSchema, check_features, resolve_schema
 from ..data.store import GraphStore, open_store
 from ..ground.core import ConfigError, DataError, SchemaError, did_you_mean
 from ..ground.settings import TrainerConfig
@@ -59,7 +59,7 @@ def _streamed_parts(graphs: Iterable[tuple[str, Data]], batch_size: int) -> Iter
         tensors = [
             Data(x=graph.x, edge_index=graph.edge_index, edge_attr=graph.edge_attr) for graph in content
         ]
-        digests = [graph_digest(graph) for graph in content]
+        digests = [digest_of(graph) for graph in content]
         lonely = [name for name, graph in some if not graph.num_edges]
         yield _Part(names, digests, lonely, Batch.from_data_list(tensors))
 
@@ -157,7 +157,7 @@ def _schema(graph_dir: Path, store: GraphStore, models: Sequence[Model]) -> Feat
     with warnings.catch_warnings(action="ignore"):  # contradictions stand in the schema's notes, too
         schema = resolve_schema(graph_dir, store=store)
     for model in models:
-        check_schema(model.path, model.schema, schema)
+        check_features(model.path, model.schema, schema)
     return schema
 
 # %% ../../nbs/5_answers/50b_inference.ipynb #50b-018

@@ -19,6 +19,7 @@ from topoqa_nb.ground.core import (
     DataError,
     atomic_path,
     did_you_mean,
+    read_json,
     sha256_file,
     to_json,
 )
@@ -137,7 +138,7 @@ _TEXT = {"MODEL": str, "target": str}
 _READERS = {
     ".csv": lambda path: pd.read_csv(path, dtype=_TEXT, keep_default_na=False, na_values=_EMPTY),
     ".parquet": lambda path: pd.read_parquet(path, engine="pyarrow"),
-    ".json": lambda path: pd.read_json(path, orient="records", dtype=_TEXT, convert_dates=False),
+    ".json": lambda path: pd.DataFrame(read_json(path)),
 }
 _EMPTY = {"target": [""], **dict.fromkeys(("prediction", "spread", "dockq"), ["", "nan", "NaN"])}
 

@@ -97,7 +97,11 @@ def open_data(
     paths = config.paths
     store = open_store(paths.graph, trust_pickles=paths.trust_pickles, store_dir=paths.store)
     schema = resolve_schema(
-        paths.graph, metadata_path=paths.metadata, summary_path=paths.summary, store=store
+        paths.graph,
+        metadata_path=paths.metadata,
+        summary_path=paths.summary,
+        store=store,
+        trust_pickles=paths.trust_pickles,
     )
     _check_stated_width(config, schema)
     labels = {"train": paths.train_labels, "val": paths.val_labels}

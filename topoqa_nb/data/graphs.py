@@ -7,8 +7,6 @@ __all__ = ['check_graph', 'read_graph', 'file_facts', 'list_graphs']
 
 # %% ../../nbs/1_data/11_graphs.ipynb #11-002
 import os
-import re
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -18,47 +16,16 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.data.data import DataEdgeAttr, DataTensorAttr
 from torch_geometric.data.storage import GlobalStorage
 
+from .saved import SavedKind, check_extent, read_saved
 from ..ground.core import DataError
 
 # %% ../../nbs/1_data/11_graphs.ipynb #11-007
-_GRAPH_CLASSES = [Data, DataEdgeAttr, DataTensorAttr, GlobalStorage]
-
-
-def _load(path: Path, trust_pickle: bool) -> object:
-    "What `torch.save` put into a file; `DataError` when it cannot be read."
-    try:
-        if trust_pickle:
-            return torch.load(path, map_location="cpu", weights_only=False)
-        with torch.serialization.safe_globals(_GRAPH_CLASSES), warnings.catch_warnings():
-            # an error follows, and says more
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(path, "a graph file", "no such file", "check the path") from None
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise DataError(path, "a readable file", reason, "check its permissions") from None
-    except Exception as problem:  # damaged bytes raise anything: KeyError, EOFError, RuntimeError, ...
-        raise _unreadable(path, problem) from None
-
-
-def _unreadable(path: Path, problem: Exception) -> DataError:
-    "Why a file could not be read: it needs a class that is not on the list, or its bytes are damaged."
-    refused = re.search(r"GLOBAL ([\w.]+)", str(problem))
-    if refused:
-        found = f"a pickle that needs {refused[1]}"
-        fix = (
-            "write it again as a plain Data object, or set paths.trust_pickles: true if you trust its author"
-        )
-        return DataError(path, "a graph of tensors and plain values", found, fix)
-    start = path.read_bytes()[:2]
-    if not start:
-        found = "an empty file"
-    elif start == b"PK":
-        found = f"a truncated or damaged file ({str(problem).split('. ')[0]})"
-    else:
-        found = "a file that torch cannot read (truncated, or not written by torch.save)"
-    return DataError(path, "a graph saved with torch.save", found, "build or copy the file again")
+_GRAPH = SavedKind(
+    what="graph",
+    error=DataError,
+    classes=(Data, DataEdgeAttr, DataTensorAttr, GlobalStorage),
+    plainly="write it again as a plain Data object, or, if you trust its author, allow it with paths.trust_pickles=true",
+)
 
 # %% ../../nbs/1_data/11_graphs.ipynb #11-014
 def _describe(value: object) -> str:
@@ -69,12 +36,18 @@ def _describe(value: object) -> str:
         return f"a {type(value).__name__}"
     kind = str(value.dtype).removeprefix("torch.")
     layout = "" if value.layout is torch.strided else "sparse "
-    return f"{layout}{kind} {list(value.shape)}"
+    place = "" if value.device.type == "cpu" else f" on the device {value.device}, without numbers"
+    return f"{layout}{kind} {list(value.shape)}{place}"
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    "Numbers in rows, in this process."
+    return value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _features(where: str, value: object, owner: str) -> torch.Tensor:
     "A matrix of finite float32 numbers, one row per node or edge."
-    is_matrix = isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dim() == 2
+    is_matrix = isinstance(value, torch.Tensor) and _is_plain(value) and value.dim() == 2
     if not is_matrix or not value.is_floating_point() or value.shape[1] == 0:
         expected = f"a float tensor [{owner}s, features] with at least one feature"
         raise DataError(where, expected, _describe(value), "build the graph again")
@@ -88,7 +61,7 @@ def _features(where: str, value: object, owner: str) -> torch.Tensor:
 # %% ../../nbs/1_data/11_graphs.ipynb #11-017
 def _edges(where: str, value: object, nodes: int) -> torch.Tensor:
     "Pairs of node numbers, all of them in range."
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.layout is not torch.strided:
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or not _is_plain(value):
         raise DataError(where, "an int64 tensor [2, edges]", _describe(value), "build the graph again")
     if value.dim() != 2 or value.shape[0] != 2:
         raise DataError(where, "an int64 tensor [2, edges]", _describe(value), "build the graph again")
@@ -105,6 +78,7 @@ def check_graph(
 ) -> Data:  # x float32 [N, Fx], edge_index int64 [2, E], edge_attr float32 [E, Fe]; metadata, name if there
     "A graph in the form that everything else relies on. Raises `DataError` saying what is wrong with it."
     content = _contents(where, graph)
+    check_extent(where, [content.get(key) for key in ("x", "edge_index", "edge_attr", *_KEPT)], _GRAPH)
     x = _features(f"{where}: x", content.get("x"), "node")
     if len(x) == 0:
         raise DataError(f"{where}: x", "at least one node", "none", "remove the file")
@@ -144,7 +118,7 @@ def read_graph(
 ) -> Data:  # as `check_graph` gives it
     "Read and check one graph. Raises `DataError` naming the file and what is wrong with it."
     path = Path(path)
-    return check_graph(_load(path, trust_pickle), path)
+    return check_graph(read_saved(path, _GRAPH, trust_pickle=trust_pickle), path)
 
 # %% ../../nbs/1_data/11_graphs.ipynb #11-027
 def _walk(folder: str, prefix: str) -> Iterator[tuple[str, os.DirEntry]]:

@@ -37,9 +37,24 @@ def read_cells(
         raise DataError(
             path, "a CSV file", str(problem).strip(), "save it as comma-separated UTF-8 text"
         ) from None
-    header = [str(name).strip() for name in cells.iloc[0]]
-    columns = {name: cells.iloc[1:, _column(path, header, name)] for name in ("MODEL", "dockq")}
-    return pd.DataFrame(columns).fillna("").apply(lambda column: column.str.strip())
+    header = _usual_names([str(name).strip() for name in cells.iloc[0]])
+    names = ("MODEL", "dockq", *["target"] * (header.count("target") == 1))
+    columns = {name: cells.iloc[1:, _column(path, header, name)] for name in names}
+    return _with_targets(pd.DataFrame(columns).fillna("").apply(lambda column: column.str.strip()))
+
+# %% ../../nbs/1_data/16_labels.ipynb #16-501
+def _usual_names(header: list[str]) -> list[str]:
+    "The header, with our names in place of those in other capitals; where both are there, ours count."
+    ours = {name.lower(): name for name in ("MODEL", "dockq", "target") if name not in header}
+    return [ours.get(name.lower(), name) for name in header]
+
+
+def _with_targets(cells: pd.DataFrame) -> pd.DataFrame:
+    "The two columns; where targets share a MODEL, the target is its folder."
+    if "target" in cells and cells.drop_duplicates(["target", "MODEL"]).MODEL.duplicated().any():
+        bare = cells.target.ne("") & cells.MODEL.ne("") & ~cells.MODEL.str.contains("/|__")
+        cells = cells.assign(MODEL=cells.MODEL.mask(bare, cells.target + "/" + cells.MODEL))
+    return cells[["MODEL", "dockq"]]
 
 
 def _column(path: Path, header: list[str], name: str) -> int:
@@ -186,12 +201,15 @@ def each_match(
 def _candidates(model: str, known: set[str], by_stem: dict[str, list[str]]) -> list[str]:
     "The graphs that a MODEL may mean by the first of the four ways that fits any."
     direct = posixpath.normpath(model)
-    bare = direct.removesuffix(".pt")
-    for spelling in (direct, bare):
+    spellings = [
+        direct,
+        *(direct.removesuffix(end) for end in (".pt", ".pdb", ".cif") if direct.endswith(end)),
+    ]
+    for spelling in spellings:
         if spelling in known:
             return [spelling]
-    nested = posixpath.normpath(bare.replace("__", "/"))
-    return by_stem.get(direct) or by_stem.get(bare) or [nested] * (nested in known)
+    nested = posixpath.normpath(spellings[-1].replace("__", "/"))
+    return next(filter(None, map(by_stem.get, spellings)), [nested] * (nested in known))
 
 
 def _ambiguous(path: Path, model: str, names: list[str]) -> DataError:

@@ -8,8 +8,10 @@ __all__ = ['FACTS', 'MAY_BE_ABSENT', 'BUILDER_STAGES', 'Claim', 'gather', 'Sidec
 
 # %% ../../nbs/1_data/14_sidecar.ipynb #14-002
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from .graphs import read_graph
@@ -157,9 +159,14 @@ def _logged_summaries(graph_dir: Path) -> list[Path]:
     "Newest first."
     parents = dict.fromkeys([*graph_dir.absolute().parents, *graph_dir.resolve().parents])
     found = [path for parent in parents for path in (parent / "logs").rglob("graph_builder_summary.json")]
-    return sorted(
-        filter(Path.is_file, found), key=lambda path: (path.stat().st_mtime, str(path)), reverse=True
-    )
+    return sorted(filter(Path.is_file, found), key=_written, reverse=True)
+
+
+def _written(path: Path) -> tuple[str, str]:
+    "When a summary was written: the time in the name of its folder, which a copy keeps, else that of the file."
+    stamp = re.search(r"\d{4}-\d\d-\d\d[_T-]\d\d-\d\d-\d\d", path.parent.name)
+    changed = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d_%H-%M-%S")
+    return re.sub("[_T-]", " ", stamp[0] if stamp else changed), str(path)
 
 
 def _describes(path: Path, content: dict, graph_dir: Path) -> bool:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HALF_CHARACTER', 'TopoqaError', 'ConfigError', 'DataError', 'SchemaError', 'CheckpointError', 'RunError',
            'ResourceError', 'TrainingError', 'nearest', 'did_you_mean', 'atomic_path', 'write_text', 'atomic_directory',
-           'temporary_files', 'plain', 'to_json', 'write_json', 'read_json', 'replace_link', 'sha256_file',
-           'sha256_json', 'now', 'held', 'remove_temporaries', 'resource_error']
+           'scratch_folder', 'temporary_files', 'plain', 'to_json', 'write_json', 'read_json', 'replace_link',
+           'sha256_file', 'sha256_json', 'now', 'held', 'remove_temporaries', 'resource_error']
 
 # %% ../../nbs/0_ground/00_core.ipynb #00-003
 import difflib
@@ -18,11 +18,13 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -101,6 +103,48 @@ def did_you_mean(
     near = nearest(name, known)
     return f"did you mean {near}?" if near else f"use one of {', '.join(known)}"
 
+# %% ../../nbs/0_ground/00_core.ipynb #00-201
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_TEMPORARY = re.compile(
+    r"\..+\.(?:([0-9a-f]{6})-(\d+)-)?[0-9a-f]{8}\.tmp"
+)  # of earlier versions without an owner
+
+
+def _temporary_name(path: Path) -> Path:
+    "Beside a file or directory that is to appear; what processes left there that are gone is removed."
+    _clear_once(path.parent.absolute(), os.getpid())
+    return path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+@lru_cache(maxsize=256)
+def _clear_once(folder: Path, process: int) -> None:
+    "The first time that a process writes to a folder."
+    with suppress(OSError):  # no such folder yet, or one that may not be read
+        _remove_each(path for path in folder.glob(".*.tmp") if _is_abandoned(path.name))
+
+
+def _is_abandoned(name: str) -> bool:
+    "Is the process that made a temporary file known to be gone?"
+    found = _TEMPORARY.fullmatch(name)
+    return bool(found) and found[1] == _HOST and _is_gone(int(found[2]))
+
+
+def _is_gone(process: int) -> bool:
+    "Is there no process of that number on this host?"
+    try:
+        os.kill(process, 0)
+    except OSError as problem:
+        return problem.errno == errno.ESRCH
+    return False
+
+
+def _remove_each(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
 # %% ../../nbs/0_ground/00_core.ipynb #00-022
 @contextmanager
 def atomic_path(
@@ -108,8 +152,8 @@ def atomic_path(
 ) -> Iterator[Path]:  # a temporary path beside it, to be written by the caller
     "Whatever is written to the yielded path becomes `path` in one step, or leaves no trace."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:  # named before it exists: a signal at any moment finds the cleaning up in place
         temporary.touch(exist_ok=False)
         yield temporary
@@ -120,10 +164,6 @@ def atomic_path(
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _name_file(problem: Exception, temporary: Path, path: Path) -> None:
@@ -158,8 +198,8 @@ def atomic_directory(
 ) -> Iterator[Path]:  # a temporary directory beside it, to be filled by the caller
     "Whatever is written to the yielded directory becomes `path` in one step, or leaves no trace."
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_name(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         temporary.mkdir()
         yield temporary
@@ -167,15 +207,31 @@ def atomic_directory(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
+# %% ../../nbs/0_ground/00_core.ipynb #00-204
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    "A folder in the system's one for temporary files, removed at the end; after a kill by the next one."
+    place, owned = Path(tempfile.gettempdir()), re.compile(rf"topoqa_{_HOST[:4]}_(\d+)_\w{{4}}")
+    for path in place.glob("topoqa_*"):
+        if (found := owned.fullmatch(path.name)) and _is_gone(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+    # a short name: the sockets of loader processes lie inside
+    folder = place / f"topoqa_{_HOST[:4]}_{os.getpid()}_{secrets.token_hex(2)}"
+    try:
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
 # %% ../../nbs/0_ground/00_core.ipynb #00-036
 @contextmanager
 def temporary_files() -> Iterator[Path]:  # the folder
     "Temporary files that are made inside of this, by whomever, lie in one folder, which is removed."
     before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
-    with tempfile.TemporaryDirectory(prefix="topoqa_", ignore_cleanup_errors=True) as folder:
+    with scratch_folder() as folder:
         try:
-            tempfile.tempdir = os.environ["TMPDIR"] = folder
-            yield Path(folder)
+            tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+            yield folder
         finally:
             tempfile.tempdir = before
             os.environ.pop("TMPDIR")
@@ -291,16 +347,11 @@ def held(
         yield
 
 # %% ../../nbs/0_ground/00_core.ipynb #00-065
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-
-
 def remove_temporaries(
     folder: str | Path,  # held by this process
 ) -> None:
     "Remove the temporary files that a kill left in a folder, at any depth."
-    for path in Path(folder).rglob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    _remove_each(path for path in Path(folder).rglob(".*.tmp") if _TEMPORARY.fullmatch(path.name))
 
 # %% ../../nbs/0_ground/00_core.ipynb #00-068
 _ROOM = "free some space, or choose another paths.save_dir"

@@ -132,7 +132,7 @@ class PathsConfig(Section):
     metadata: Location | None = None  # sidecar, when it is not graph_metadata.json in the graph directory
     summary: Location | None = None  # builder summary, when it is not found above the graph directory
     store: Location | None = None  # packed graphs; None = the user's cache folder
-    trust_pickles: Flag = False  # True lets .pt files run code while they are read
+    trust_pickles: Flag = False  # True lets .pt files run code; only an override of a call turns it on
 
     @field_validator("target_regex")
     @classmethod
@@ -238,6 +238,22 @@ class CoverageConfig(Section):
         "The least share of labels that must have a graph, 0 to 1."
         return self.minimum_percent if self.minimum_percent <= 1 else self.minimum_percent / 100
 
+# %% ../../nbs/0_ground/04_settings.ipynb #04-500
+def _uri(value: object) -> str | Path:
+    "A path or a URI in which no password stands: it would go into every file of a run."
+    text = str(_path(value))
+    userinfo, secret = (
+        re.search(r"://([^/@]*)@", text),
+        re.search(r"[?&]\w*(pass|pwd|token|secret)\w*=(?!\$\{MLFLOW_)", text, re.I),
+    )
+    if secret or (userinfo and re.search(r":(?!\$\{MLFLOW_)", userinfo[1])):
+        reason = {
+            "found": "a password in it",
+            "fix": "put it into an environment variable and write ${MLFLOW_...}, its name, instead",
+        }
+        raise PydanticCustomError("secret", "a URI without a password", reason)
+    return value
+
 # %% ../../nbs/0_ground/04_settings.ipynb #04-037
 class LoggingConfig(Section):
     "What the console and the log show."
@@ -251,7 +267,9 @@ class MlflowConfig(Section):
     "Optional experiment tracking."
 
     enabled: Flag = False  # True: a copy of the run goes to MLflow
-    tracking_uri: Annotated[str, BeforeValidator(_path)] = "./mlruns"  # a folder or a URI
+    tracking_uri: Annotated[str, BeforeValidator(_uri)] = (
+        "./mlruns"  # a folder or a URI; ${MLFLOW_...} is a variable
+    )
     experiment: str = "dynamic_topoqa"  # the group of runs in MLflow
     run_name: str | None = None  # None = the name of the run
     log_artifacts: Flag = True  # also the files of the run
@@ -307,5 +325,6 @@ def wrong_value(
     expected = re.sub(noise, "", first["msg"])
     expected = f"a number {expected}" if expected.startswith(("greater", "less")) else expected
     expected = re.sub("^match pattern", "text that matches", expected)
-    place, fix = tuple(map(str, first["loc"])), first.get("ctx", {}).get("fix")
-    return WrongValue(place, first["type"], _WORDS.get(expected, expected), first["input"], fix)
+    place, told = tuple(map(str, first["loc"])), first.get("ctx", {})
+    found = told.get("found", first["input"])  # a check may keep a secret
+    return WrongValue(place, first["type"], _WORDS.get(expected, expected), found, told.get("fix"))

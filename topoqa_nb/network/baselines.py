@@ -7,6 +7,7 @@ __all__ = ['pooled_features', 'baseline_scores']
 
 # %% ../../nbs/2_network/25_baselines.ipynb #25-003
 import numpy as np
+from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -29,11 +30,13 @@ def baseline_scores(
     train: Split,  # fitted on
     split: Split,  # predicted
 ) -> dict[str, np.ndarray]:  # name -> [len(split)] scores in [0, 1]
-    "What a constant and a linear model on pooled features predict."
+    "What a constant, a linear model and trees on pooled features predict."
     dockq = train.dockq.double().numpy()
     ridge = make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-2, 5, 15)))
-    ridge.fit(pooled_features(train), dockq)
+    trees = ExtraTreesRegressor(n_estimators=100, min_samples_leaf=3, max_features=0.3, random_state=0)
+    seen, asked = pooled_features(train), pooled_features(split)
     return {
         "training mean": np.full(len(split), dockq.mean()),
-        "ridge on pooled features": ridge.predict(pooled_features(split)).clip(0, 1),
+        "ridge on pooled features": ridge.fit(seen, dockq).predict(asked).clip(0, 1),
+        "extra trees on pooled features": trees.fit(seen, dockq).predict(asked),
     }

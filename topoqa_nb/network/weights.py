@@ -8,81 +8,59 @@ __all__ = ['EXPORTED', 'EXPORT_KEY', 'read_checkpoint', 'load_weights', 'publish
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-002
 import json
-import re
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path, PosixPath
 
 import numpy as np
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..data.saved import SavedKind, check_extent, read_saved
 from ..data.schema import EdgeSchema, FeatureSchema, NodeSchema
-from ..ground.core import CheckpointError, SchemaError, resource_error
+from ..ground.core import CheckpointError
 from ..ground.settings import ModelConfig
 from .model import POOLING, TopoQANet, build_model
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-005
 _NUMPY_SCALAR = np.float64(0).__reduce__()[0]
 _NUMPY_ARRAY = np.zeros(0).__reduce__()[0]
-_HARMLESS = [
-    PosixPath,
-    Namespace,
-    np.dtype,
-    np.ndarray,
-    *(type(np.dtype(code)) for code in "?bhilBHILefd"),
-    *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # NumPy 1 and 2
-    *((_NUMPY_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-]
+_CHECKPOINT = SavedKind(
+    what="checkpoint",
+    error=CheckpointError,
+    classes=(
+        PosixPath,
+        Namespace,
+        np.dtype,
+        np.ndarray,
+        *(type(np.dtype(code)) for code in "?bhilBHILefd"),
+        *((_NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # NumPy 1 and 2
+        *((_NUMPY_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    ),
+    plainly="write it again with tensors and plain types only",
+)
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-006
 def read_checkpoint(
     path: str | Path,  # a file that torch.save wrote
 ) -> dict:  # its content, tensors on the CPU
     "Read a checkpoint without running any code from it. Raises `CheckpointError`."
-    path = Path(path)
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "no such file"
-        raise CheckpointError(path, "a checkpoint file", found, "check the path")
-    try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as problem:  # a damaged pickle may raise nearly anything
-        if resource_error(problem):  # no fault of the file
-            raise
-        raise _unreadable(path, problem) from None
+    content = read_saved(path, _CHECKPOINT)
     if not isinstance(content, dict):
         raise CheckpointError(path, "a dictionary", type(content).__name__, "name a checkpoint, not a graph")
+    check_extent(path, content, _CHECKPOINT)
     return content
 
-
-def _unreadable(path: Path, problem: Exception) -> CheckpointError:  # to be raised
-    "Tell a file that wants to run code from a file that is damaged."
-    if refused := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(problem)):
-        fix = "write it again with tensors and plain types only"
-        return CheckpointError(path, "tensors and plain types", f"an object of {refused[1]}", fix)
-    reason = f"{type(problem).__name__}, so it is truncated or no checkpoint at all"
-    return CheckpointError(path, "a file written by torch.save", reason, "copy it again or name another one")
-
-# %% ../../nbs/2_network/23_weights.ipynb #23-009
-def load_weights(
-    model: TopoQANet,  # changed in place
-    weights: Mapping[str, Tensor],  # a state dict
-    where: object,  # the file, for the message
-    names: Mapping[str, str] | None = None,  # our name -> its name in `weights`; None: the same
-) -> TopoQANet:  # the same model
-    "Fill a network, all parameters or none. Raises `CheckpointError`."
-    own = model.state_dict()
-    names = {key: key for key in own} if names is None else names
-    problems = _misfits({names[key]: item.shape for key, item in own.items()}, weights)
+# %% ../../nbs/2_network/23_weights.ipynb #23-502
+def _check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: object) -> None:
+    "Raise `CheckpointError` when weights are not those of a network."
+    problems = _misfits({key: item.shape for key, item in own.items()}, weights)
     if problems:
         found = ", ".join(problems[:3]) + _more(problems)
         fix = "use a checkpoint of the same network and schema"
         raise CheckpointError(where, f"the {len(own)} tensors of this network", found, fix)
-    model.load_state_dict({key: weights[names[key]] for key in own})
-    return model
 
 
 def _misfits(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) -> list[str]:  # empty: all fits
@@ -94,11 +72,30 @@ def _misfits(shapes: Mapping[str, torch.Size], weights: Mapping[str, Tensor]) ->
         for key, shape in shapes.items()
         if key in weights and weights[key].shape != shape
     ]
-    return missing + unknown + reshaped
+    empty = [f"{key} has no numbers" for key in shapes if key in weights and not _holds_numbers(weights[key])]
+    return missing + unknown + reshaped + empty
+
+
+def _holds_numbers(value: Tensor) -> bool:
+    return value.layout is torch.strided and value.device.type != "meta" and value.is_floating_point()
 
 
 def _more(items: list[str]) -> str:  # after the first three
     return f" and {len(items) - 3} more" if len(items) > 3 else ""
+
+# %% ../../nbs/2_network/23_weights.ipynb #23-009
+def load_weights(
+    model: TopoQANet,  # changed in place
+    weights: Mapping[str, Tensor],  # a state dict
+    where: object,  # the file, for the message
+    names: Mapping[str, str] | None = None,  # our name -> its name in `weights`; None: the same
+) -> TopoQANet:  # the same model
+    "Fill a network, all parameters or none. Raises `CheckpointError`."
+    own = model.state_dict()
+    names = {key: key for key in own} if names is None else names
+    _check_fit({names[key]: item for key, item in own.items()}, weights, where)
+    model.load_state_dict({key: weights[names[key]] for key in own})
+    return model
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-012
 def _without_prefix(
@@ -244,34 +241,64 @@ def read_exported(
     return weights, header
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-026
+class _Network(BaseModel):
+    "The section `config` of a checkpoint, of which the network is what counts here."
+
+    model: ModelConfig
+
+
+class _OwnCheckpoint(BaseModel):
+    "What a network is made from."
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    feature_metadata: dict[str, object]
+    config: _Network
+    state_dict: dict[str, Tensor]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        "By the names of the network."
+        return {name.removeprefix("model."): value for name, value in self.state_dict.items()}
+
+
+def _own_checkpoint(path: str | Path, content: Mapping[str, object]) -> _OwnCheckpoint:
+    "Raise `CheckpointError` for a checkpoint of ours in which something is missing, or of another type."
+    try:
+        return _OwnCheckpoint.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where, expected = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+        found = "nothing" if first["type"] == "missing" else type(first["input"]).__name__
+        fix = "copy the file again, or name another checkpoint"
+        raise CheckpointError(f"{path}: {where}", expected, found, fix) from None
+
+# %% ../../nbs/2_network/23_weights.ipynb #23-501
 def load_model(
     checkpoint: str | Path,  # ours, exported, or in the published layout
 ) -> tuple[TopoQANet, FeatureSchema | None]:
-    "The network of a checkpoint, in evaluation mode, and its schema. Raises `CheckpointError`."
-    if Path(checkpoint).suffix == EXPORTED:
-        weights, content = read_exported(checkpoint)
-    else:
-        content = read_checkpoint(checkpoint)
-        if "feature_metadata" not in content:
-            model = load_foreign_weights(checkpoint)
-            _check_finite(checkpoint, model)
-            return model.eval(), None
-        weights = content.get("state_dict") or {}
-    model, schema = _described_model(checkpoint, content)
-    weights = {name.removeprefix("model."): value for name, value in weights.items()}
-    _check_finite(checkpoint, load_weights(model, weights, checkpoint))
+    "The network of a checkpoint, in evaluation mode, and its schema. Raises `CheckpointError`, `SchemaError`."
+    content = _content(checkpoint)
+    if content is None:
+        model = load_foreign_weights(checkpoint)
+        _check_finite(checkpoint, model)
+        return model.eval(), None
+    own = _own_checkpoint(checkpoint, content)
+    schema = FeatureSchema.from_dict(own.feature_metadata, checkpoint)
+    with torch.device("meta"):  # its shapes alone; a file may ask for a network larger than the memory
+        _check_fit(build_model(schema, own.config.model).state_dict(), own.weights, checkpoint)
+    model = load_weights(build_model(schema, own.config.model), own.weights, checkpoint)
+    _check_finite(checkpoint, model)
     return model.eval(), schema
 
 
-def _described_model(checkpoint: str | Path, content: Mapping) -> tuple[TopoQANet, FeatureSchema]:
-    "The network, without its weights, that a file describes by schema and settings."
-    try:
-        schema = FeatureSchema.from_dict(content["feature_metadata"])
-        return build_model(schema, ModelConfig(**content["config"]["model"])), schema
-    except (SchemaError, ValidationError, LookupError, TypeError) as problem:
-        found = " ".join(str(problem).split()) or type(problem).__name__
-        fix = "copy it again, or name another checkpoint"
-        raise CheckpointError(checkpoint, "the schema and settings of a model", found, fix) from None
+def _content(checkpoint: str | Path) -> Mapping[str, object] | None:
+    "What describes a network and its weights; None for the published layout."
+    if Path(checkpoint).suffix == EXPORTED:
+        weights, header = read_exported(checkpoint)
+        return header | {"state_dict": weights}
+    content = read_checkpoint(checkpoint)
+    return content if "feature_metadata" in content else None
 
 
 def _check_finite(checkpoint: str | Path, model: TopoQANet) -> None:

@@ -131,8 +131,7 @@ def run_pipeline(
 ) -> dict:  # the summary, with `reports_dir`
     "Execute full_pipeline.ipynb. Raises what its stages raise; results of completed stages stay."
     parameters = absolute_parameters(pipeline_parameters(values), Path.cwd())
-    pipeline = settle(parameters)
-    hold_reports(pipeline.reports_dir)
+    pipeline = hold_reports(settle(parameters))
     claim_reports(pipeline)
     with interruptible(), temporary_files():  # a kernel that is stopped leaves its connection file
         problem = execute_notebook("full_pipeline.ipynb", pipeline.reports_dir, parameters)
@@ -177,7 +176,9 @@ def fine_tune_values(
     if not values.get("graph_dir"):
         if run is None or run.is_original:
             found = f"none, and {start} lies in no run that names them"
-            raise ConfigError("graph_dir", "the graphs to fine-tune on", found, "name them with --graph-dir")
+            raise ConfigError(
+                "graph_dir", "the graphs to fine-tune on", found, "name them with -p graph_dir DIR"
+            )
         paths = load_config(run.config_file).config.paths
         names = {"graph_dir": paths.graph, "train_labels": paths.train_labels, "val_labels": paths.val_labels}
         data = {name: str(path) for name, path in names.items()}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'DEMO_PHASES', 'HELD_VARIABLE', 'SHOWN_SETTINGS', 'Pipeline', 'manifest_of', 'given_overrides',
-           'stage_overrides', 'sweep_jobs', 'stage_configs', 'unused', 'base_name', 'name_for_checkpoint', 'settle',
-           'hold_reports', 'claim_reports', 'open_pipeline', 'shown_settings', 'plan_pipeline']
+           'stage_overrides', 'sweep_jobs', 'stage_configs', 'unused', 'new_folder', 'base_name', 'name_for_checkpoint',
+           'settle', 'hold_reports', 'claim_reports', 'open_pipeline', 'shown_settings', 'plan_pipeline']
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-002
 import dataclasses
@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -117,6 +117,18 @@ def unused(
     used = {path.name for place in (folder, folder / "history") if place.is_dir() for path in place.iterdir()}
     return folder / next(each for each in names if each not in used and each not in taken)
 
+
+def new_folder(
+    parent: Path,  # made when it is missing
+    name: str,  # wanted
+) -> Path:  # parent/name, or parent/name_2, _3 ...
+    "Make a folder that nobody had before; of two that want one name at the same time, one gets it."
+    while True:
+        folder = unused(parent, name)
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-039
 def base_name(
     run_name: str,  # of a sweep or a phase
@@ -161,7 +173,7 @@ def settle(
     root = (
         parameters.run_root or parameters.overrides.get("paths.save_dir") or Path("training_runs").resolve()
     )
-    reports = parameters.reports_dir or _new_reports_dir(Path(root))
+    reports = parameters.reports_dir or unused(*_reports_place(Path(root)))
     pipeline = Pipeline(parameters, reports, Path(root), manifest_of(parameters), data={}, demo=False)
     config = _first_config(pipeline)
     demo = config.paths.graph is None
@@ -183,9 +195,9 @@ def _first_config(pipeline: Pipeline) -> Config:
     return sweep_jobs(pipeline)[0].loaded.config
 
 
-def _new_reports_dir(run_root: Path) -> Path:
-    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return unused(run_root / "reports", f"pipeline_{stamp}")
+def _reports_place(run_root: Path) -> tuple[Path, str]:
+    "Folder and name of the reports of a pipeline that starts now."
+    return run_root / "reports", datetime.now().strftime("pipeline_%Y-%m-%d_%H-%M-%S")
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-051
 HELD_VARIABLE = "TOPOQA_HELD_REPORTS"  # folders that this process, or one that started it, holds
@@ -195,13 +207,17 @@ _HELD = ExitStack()  # until this process ends
 
 
 def hold_reports(
-    reports_dir: Path,  # made when it is missing
-) -> None:
-    "Hold a folder for this process and the notebooks it executes. Raises `RunError` when another pipeline writes to it."
+    pipeline: Pipeline,  # from `settle`
+) -> Pipeline:  # its folder is there
+    "Hold the reports folder for this process and the notebooks it executes. Raises `RunError` when another pipeline does."
+    if pipeline.parameters.reports_dir is None:  # the name that was free may have been taken meanwhile
+        reports = new_folder(*_reports_place(pipeline.run_root))
+        pipeline = dataclasses.replace(pipeline, reports_dir=reports)
     names = list(filter(None, os.environ.get(HELD_VARIABLE, "").split(os.pathsep)))
-    if str(reports_dir) not in names:
-        _HELD.enter_context(held(reports_dir))
-        os.environ[HELD_VARIABLE] = os.pathsep.join([*names, str(reports_dir)])
+    if str(pipeline.reports_dir) not in names:
+        _HELD.enter_context(held(pipeline.reports_dir))
+        os.environ[HELD_VARIABLE] = os.pathsep.join([*names, str(pipeline.reports_dir)])
+    return pipeline
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-053
 def claim_reports(
@@ -232,8 +248,7 @@ def open_pipeline(
     parameters: PipelineParameters,  # absolute
 ) -> Pipeline:
     "Settle a pipeline and claim its reports folder. Raises `ConfigError` when that belongs to other parameters."
-    pipeline = settle(parameters)
-    hold_reports(pipeline.reports_dir)
+    pipeline = hold_reports(settle(parameters))
     claim_reports(pipeline)
     for note in pipeline.notes:
         print(note)

@@ -77,7 +77,8 @@ def _under_a_free_name(job: Job) -> Job:
 
 def _unchanged(job: Job) -> bool:
     "Was the run of this name made with the configuration that is asked for now?"
-    return not config_differences(load_config(job.run.config_file).config, job.loaded.config)
+    before = load_config(job.run.config_file).config
+    return not config_differences(before, job.loaded.config).keys() - {"paths.trust_pickles"}
 
 
 def _completed(job: Job) -> bool:
@@ -324,7 +325,10 @@ def evaluate_on_test(
     if labels is None:
         return None
     run = RunDirectory(pipeline.run_root / final["run_dir"])
-    paths = load_config(run.config_file).config.paths
+    trust = stage_overrides(pipeline, "sweep").get(
+        "paths.trust_pickles", False
+    )  # of this call, not of the run
+    paths = load_config(run.config_file, {"paths.trust_pickles": trust}).config.paths
     store = open_store(paths.graph, trust_pickles=paths.trust_pickles, store_dir=paths.store)
     split = load_split("test", labels, store, target_regex=paths.target_regex)
     scores = predict(pipeline.run_root / final["checkpoint"], split)

@@ -24,6 +24,7 @@ from ..data.dataset import open_data
 from ..data.sidecar import read_summary
 from ..ground.core import ConfigError, RunError, plain, read_json, write_json
 from ..ground.machine import cached_fraction, filesystem_type, free_memory
+from ..ground.signals import interruptible, stop_with_parent
 from ..pipeline.parameters import PipelineParameters, absolute_parameters, pipeline_parameters
 from ..pipeline.pipeline import run_pipeline
 from ..pipeline.plan import DEMO_PHASES, Pipeline, settle, stage_configs
@@ -140,7 +141,8 @@ def process_main(
 ) -> int:  # exit code
     "What the process of a mode does."
     try:
-        result = time_pipeline(pipeline_parameters(read_json(job)))
+        with interruptible():
+            result = time_pipeline(pipeline_parameters(read_json(job)))
     except BaseException as problem:
         result = {"status": "failed", "error": error_record(problem)}
     write_json(outcome, result)
@@ -151,8 +153,8 @@ def mode_command(
     job: Path,  # JSON of a pipeline's parameters
     outcome: Path,  # JSON that is written at the end
 ) -> list[str]:
-    "What the process of a mode executes: `process_main`."
-    return [sys.executable, "-m", "topoqa_nb.ramdisk.modes", str(job), str(outcome)]
+    "What the process of a mode executes: `process_main`, as long as this process lives."
+    return [sys.executable, "-m", "topoqa_nb.ramdisk.modes", str(job), str(outcome), str(os.getpid())]
 
 # %% ../../nbs/8_ramdisk/82_modes.ipynb #82-022
 def timed_process(
@@ -303,4 +305,5 @@ def run_mode(
 
 # %% ../../nbs/8_ramdisk/82_modes.ipynb #82-042
 if __name__ == "__main__" and "__file__" in globals():
+    stop_with_parent(int(sys.argv[3]))
     sys.exit(process_main(Path(sys.argv[1]), Path(sys.argv[2])))

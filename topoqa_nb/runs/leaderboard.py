@@ -177,7 +177,8 @@ def leaderboard(
 ) -> list[dict[str, object]]:  # plain types, ready for JSON
     "Runs by best score. Raises `RunError` when the run root does not exist."
     if not Path(root).is_dir():
-        raise RunError(root, "the folder that holds the runs", "no such directory", "check the path")
+        fix = "check the path of the run root"
+        raise RunError(root, "the folder that holds the runs", "no such directory", fix)
     rows, unreadable = [], []
     for run in list_runs(root):
         try:
@@ -294,6 +295,12 @@ def print_rows(
         columns = list(dict.fromkeys(name for row in rows for name in row))  # a run that is going has more
         writer = csv.DictWriter(sys.stdout, fieldnames=columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows({name: _harmless(value) for name, value in row.items()} for row in rows)
     else:
         _print_tables(rows)
+
+
+def _harmless(value: object) -> object:
+    "A cell that no spreadsheet takes for a formula."
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula else value

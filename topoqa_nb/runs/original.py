@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from ..ground.config import LEGACY_KEYS, sectioned
 from ..ground.core import RunError, plain, read_json
-from ..ground.files import read_yaml
+from ..ground.files import linked_name, read_yaml
 from ..ground.settings import SelectionConfig, wrong_value
 from .selection import BEST, METRICS, Candidate, judge, parse_checkpoint_name, rank
 
@@ -231,7 +231,7 @@ def ranked_checkpoints(
         _judged(candidate, metrics) for name in names if (candidate := original_candidate(name, metrics))
     ]
     link = Path(path) / _CHECKPOINTS / "best.ckpt"
-    linked = link.readlink().name if link.is_symlink() else None
+    linked = linked_name(link)
     return sorted(rank(candidates, primary_metric), key=lambda candidate: candidate.filename != linked)
 
 

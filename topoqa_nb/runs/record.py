@@ -145,6 +145,11 @@ _TextOrNothing = Annotated[
 ]
 
 
+_FileName = Annotated[
+    str, Field(strict=True, pattern=r"^[^/\\\x00]+$")
+]  # in model_checkpoints/, and nowhere else
+
+# %% ../../nbs/3_runs/32_record.ipynb #32-602
 _T = TypeVar("_T")
 
 
@@ -183,9 +188,9 @@ class Selection(_Part):
 class Checkpoints(_Part):
     "Names of files."
 
-    best: _Text = None
-    ranked: Annotated[list[str], _GIVEN] | None = None
-    last: _Text = None
+    best: _FileName | None = None
+    ranked: Annotated[list[_FileName], _GIVEN] | None = None
+    last: _FileName | None = None
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-019
 class Lineage(_Part):
@@ -389,6 +394,6 @@ def update_metadata(
 def check_not_original(run: RunDirectory) -> None:
     "Raise `RunError` for a run of the original stack, which is only read."
     if run.is_original:
-        fix = "start a new run from its checkpoint with --resume-from"
+        fix = "start a new run from its checkpoint: topoqa run --resume-from"
         found = "a run of the original stack, which is only read"
         raise RunError(run.path, "a run of this package", found, fix)

@@ -9,21 +9,25 @@ __all__ = ['METRIC_COLUMNS', 'check_run_name', 'default_run_name', 'create_run',
 # %% ../../nbs/3_runs/33_runs.ipynb #33-003
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
 from ..ground.config import LoadedConfig, dump_config
 from topoqa_nb.ground.core import (
     RunError,
     atomic_directory,
     did_you_mean,
+    held,
     nearest,
     plain,
+    read_json,
     replace_link,
     write_json,
     write_text,
@@ -80,6 +84,23 @@ def _write_configuration(run: RunDirectory, loaded: LoadedConfig, config: Config
     write_text(run.config_file, dump_config(config))
     write_text(run.config_dir / "applied_overrides.yaml", overrides)
 
+
+def _write_directory(path: Path, loaded: LoadedConfig, config: Config, metadata: Mapping) -> RunDirectory:
+    "A run directory in one step. Raises `RunError` when there is one, or can be none."
+    try:
+        with atomic_directory(path) as temporary:
+            run = RunDirectory(temporary)
+            for directory in (run.checkpoints, run.artifacts, run.log_file.parent, run.metrics_file.parent):
+                directory.mkdir()
+            _write_configuration(run, loaded, config)
+            if metadata["notes"]:
+                write_text(run.notes_file, metadata["notes"].rstrip("\n") + "\n")
+            write_json(run.metadata_file, metadata)
+    except OSError as problem:
+        fix = "choose another run name or paths.save_dir"
+        raise RunError(path, "a new run directory", problem.strerror or str(problem), fix) from None
+    return RunDirectory(path)
+
 # %% ../../nbs/3_runs/33_runs.ipynb #33-018
 def create_run(
     save_dir: str | Path,  # the run root, made when it is missing
@@ -94,32 +115,23 @@ def create_run(
 ) -> RunDirectory:
     "Make a run directory and point `latest` at it. Raises `RunError` for a bad or taken name."
     save_dir = Path(save_dir).absolute()
-    name = default_run_name(save_dir) if run_name is None else run_name
-    check_run_name(save_dir, name)
-    about = initial_metadata(
-        name, loaded, final_config, notes=notes, trial_label=trial_label, command=command
-    )
-    with _new_directory(save_dir / name) as temporary:
-        run = RunDirectory(temporary)
-        for directory in (run.checkpoints, run.artifacts, run.log_file.parent, run.metrics_file.parent):
-            directory.mkdir()
-        _write_configuration(run, loaded, final_config)
-        if notes:
-            write_text(run.notes_file, notes.rstrip("\n") + "\n")
-        write_json(run.metadata_file, merged(about, sections or {}))
-    replace_link(save_dir / "latest", save_dir / name)
-    return RunDirectory(save_dir / name)
-
-
-@contextmanager
-def _new_directory(path: Path) -> Iterator[Path]:
-    "`atomic_directory` for a run."
-    try:
-        with atomic_directory(path) as temporary:
-            yield temporary
-    except OSError as problem:
-        fix = "choose another run name or paths.save_dir"
-        raise RunError(path, "a new run directory", problem.strerror or str(problem), fix) from None
+    if run_name is not None:
+        check_run_name(save_dir, run_name)
+    made = None
+    while made is None:
+        name = default_run_name(save_dir) if run_name is None else run_name
+        about = initial_metadata(
+            name, loaded, final_config, notes=notes, trial_label=trial_label, command=command
+        )
+        try:
+            made = _write_directory(save_dir / name, loaded, final_config, merged(about, sections or {}))
+        except RunError:  # the rename decides: of a name that was looked for, somebody was first
+            if run_name is not None or not os.path.lexists(save_dir / name):
+                raise
+    latest = save_dir / "latest"
+    if latest.is_symlink() or not latest.exists():  # a copy made of it a folder, or a text: left alone
+        replace_link(latest, made.path)
+    return made
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-024
 METRIC_COLUMNS = (
@@ -237,12 +249,43 @@ def _is_run(run: RunDirectory) -> bool:
 def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
+# %% ../../nbs/3_runs/33_runs.ipynb #33-200
+_ARCHIVING = "history/.archiving.json"  # what an `archive` is about to move, until it has
+
+
+class _Moves(BaseModel):
+    runs: list[Annotated[str, Field(pattern=r"^[^/]+$")]]  # names
+    latest: Annotated[str, Field(pattern=r"^[^/]+$")] | None  # the one that `latest` points to
+
+
+def _finish_archiving(root: Path) -> list[Path]:  # runs in `history/`
+    "Move what a call of `archive` has announced, also one that was killed. Raises `RunError` while another one does."
+    note, history = root / _ARCHIVING, root / "history"
+    if not note.exists():
+        return []
+    with held(history):
+        try:
+            moves = _Moves.model_validate(read_json(note, RunError))
+        except ValidationError as problem:
+            found = problem.errors()[0]["msg"]
+            raise RunError(note, "names of runs", found, "remove the file") from None
+        for name in moves.runs:
+            if (root / name).exists() and not os.path.lexists(history / name):
+                (root / name).rename(history / name)
+        if moves.latest:
+            replace_link(root / "latest", history / moves.latest)
+        note.unlink()
+    return [history / name for name in moves.runs]
+
 # %% ../../nbs/3_runs/33_runs.ipynb #33-040
 def find_run(
     root: str | Path,  # the run root
     run_id: str | Path,  # a name, a path, or `latest`
 ) -> RunDirectory:
     "The run that is meant. Raises `RunError` with the nearest name."
+    for place in dict.fromkeys((Path(root), Path(run_id).parent)):
+        with suppress(RunError, OSError):  # another process does it, or it is not ours to do
+            _finish_archiving(place)
     places = [Path(root) / run_id, Path(root) / "history" / run_id, Path(run_id)]
     found = [place for place in places if place.is_dir()]
     for place in found:
@@ -281,17 +324,14 @@ def archive(
 ) -> list[RunDirectory]:  # in their new place
     "Move runs that have ended to `history/`. Raises `RunError`, before any move, for a run that cannot go there."
     root = Path(root).resolve()
-    paths = dict.fromkeys(find_run(root, run_id).path.resolve() for run_id in run_ids)
+    done = _finish_archiving(root)  # of a call that was killed, perhaps this one
+    asked = dict.fromkeys(find_run(root, run_id).path.resolve() for run_id in run_ids)
+    paths = [path for path in asked if path not in done]
     for path in paths:
         _check_archivable(root, RunDirectory(path))
-    return [_archive_one(root, path) for path in paths]
-
-
-def _archive_one(root: Path, path: Path) -> RunDirectory:
-    latest, target = root / "latest", root / "history" / path.name
-    is_latest = latest.is_symlink() and latest.resolve() == path
-    target.parent.mkdir(exist_ok=True)
-    path.rename(target)
-    if is_latest:
-        replace_link(latest, target)
-    return RunDirectory(target)
+    latest = root / "latest"
+    points_to = latest.resolve().name if latest.is_symlink() and latest.resolve() in paths else None
+    if paths:
+        write_json(root / _ARCHIVING, {"runs": [path.name for path in paths], "latest": points_to})
+        _finish_archiving(root)
+    return [RunDirectory(root / "history" / path.name) for path in asked]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ground.core import CheckpointError, ConfigError, did_you_mean, replace_link
+from ..ground.files import linked_name
 from ..ground.settings import SelectionConfig
 
 # %% ../../nbs/3_runs/30_selection.ipynb #30-006
@@ -176,6 +177,8 @@ def best_checkpoint(
             link, "a link to a checkpoint", "nothing", "train at least one epoch, or name a checkpoint"
         )
     path = link.parent / link.readlink() if link.is_symlink() else link
+    if name := linked_name(link):  # of another machine, or a text: what it means lies beside it
+        path = path if link.is_symlink() and path.is_file() else link.parent / name
     if not path.is_file():
         raise CheckpointError(
             link, "a link to a checkpoint", f"a link to {path.name}, which is gone", "name another one"

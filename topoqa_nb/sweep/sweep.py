@@ -9,7 +9,6 @@ __all__ = ['Watch', 'UNWATCHED', 'earlier_runs', 'fingerprints_of', 'completed_b
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-004
 import re
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,7 +20,7 @@ from typing import Literal
 from ..data.batches import data_fingerprint, load_split
 from ..data.dataset import locate_data
 from ..data.store import open_store
-from ..ground.core import ConfigError, TopoqaError, sha256_file
+from ..ground.core import ConfigError, TopoqaError, scratch_folder, sha256_file
 from ..ground.settings import MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
 from ..runs.record import RunDirectory, RunRecord
@@ -247,10 +246,10 @@ def _supervise(crew: Supervisor, watch: Watch) -> SweepResult:
     "Run the loop to its end."
     with (
         noted_signals() as crew.signals,
-        tempfile.TemporaryDirectory(prefix="topoqa_sweep_") as scratch,
+        scratch_folder() as scratch,
         watch as look,
     ):
-        crew.start = partial(crew.start, scratch=Path(scratch))
+        crew.start = partial(crew.start, scratch=scratch)
         try:
             _work(crew, look)
         except BaseException:  # a closed pipe behind `say`, for one: no process is left behind

@@ -155,7 +155,7 @@ class MetricRows:
         if found == self.written:
             return
         if found:
-            self.file.replace(self.file.with_name(f"found_before_epoch{epoch:03d}.csv"))
+            write_text(self.file.with_name(f"found_before_epoch{epoch:03d}.csv"), found)
         write_text(self.file, self.written)
         log.warning(
             f"warning: {self.file} was removed or changed while the run was going; its rows were put back"

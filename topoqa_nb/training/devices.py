@@ -125,10 +125,7 @@ def check_device(
 ) -> None:
     "Raise `ConfigError` when this machine cannot do what a configuration asks for."
     device = device_of(trainer)
-    present = {"cuda": torch.cuda.device_count, "mps": lambda: 1}.get(device)
-    if present and trainer.devices != "auto" and trainer.devices > present():
-        expected, fix = f"at most {present()}, the {device} devices here", f"set trainer.devices={present()}"
-        raise ConfigError("trainer.devices", expected, str(trainer.devices), fix)
+    _check_one_process(trainer)
     if device == "cpu" and trainer.precision == "16-mixed":
         expected, fix = (
             "32, bf16-mixed or 64 on a CPU",
@@ -142,6 +139,20 @@ def check_device(
             "trainer.precision", "32 on an Apple GPU (MPS), which has no 64-bit numbers", "64", fix
         )
     kernel_of(trainer)
+
+
+_STRATEGIES = ("auto", "ddp")  # with one process they are the same
+
+
+def _check_one_process(trainer: TrainerConfig) -> None:
+    "Raise `ConfigError` for a training that is spread over devices or machines."
+    several = "; for several trainings at a time use a sweep with --jobs"
+    for key, allowed in (("devices", (1, "auto")), ("num_nodes", (1,)), ("strategy", _STRATEGIES)):
+        value = getattr(trainer, key)
+        if value not in allowed:
+            expected = " or ".join(map(str, allowed))
+            fix = f"set trainer.{key}={allowed[0]}" + ("" if key == "strategy" else several)
+            raise ConfigError(f"trainer.{key}", f"{expected}: a training is one process", str(value), fix)
 
 # %% ../../nbs/4_training/40_devices.ipynb #40-029
 FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"

@@ -37,7 +37,8 @@ from ..ground.settings import MlflowConfig
 def store_uri(
     tracking_uri: str,  # a folder, a file: URI of a folder, or the URI of a store
 ) -> str:  # what MLflow is given
-    "The store behind `mlflow.tracking_uri`; a folder becomes a SQLite store in it."
+    "The store behind `mlflow.tracking_uri`, its variables filled in; a folder becomes a SQLite store in it."
+    tracking_uri = re.sub(r"\$\{(MLFLOW_\w+)\}", lambda name: os.environ.get(name[1], ""), tracking_uri)
     if "://" in tracking_uri and not tracking_uri.startswith("file:") or tracking_uri == "databricks":
         return tracking_uri
     database = str(_store_folder(tracking_uri) / "mlflow.db")

@@ -13,9 +13,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..data.schema import FeatureSchema
 from ..ground.core import CheckpointError, RunError, read_json, write_json, write_text
+from ..ground.files import as_written
 from ..ground.settings import Config
 from ..network.weights import read_checkpoint
 from ..runs.record import RunDirectory, read_metadata, update_metadata
@@ -49,11 +53,55 @@ class Start:
         return self.epoch + 1 >= epochs or has_stopped(self.content, config.early_stopping.patience)
 
 # %% ../../nbs/4_training/44a_rewind.ipynb #44a-008
+class _Saved(BaseModel):
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+
+class _SavedCandidate(_Saved):
+    filename: Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]  # beside the others, and nowhere else
+    selection_metric: float
+    val_loss: float
+    epoch: int
+
+
+class _SavedRanking(_Saved):
+    candidates: list[_SavedCandidate] = []
+
+
+class _SavedTimes(_Saved):
+    epoch_seconds: list[float] = []
+
+
+class _SavedState(_Saved):
+    "What a rewind reads of a checkpoint."
+
+    epoch_row: dict[str, float | None]
+    callbacks: dict[str, dict[str, object]] = {}
+    run_identity: str | None = None
+
+# %% ../../nbs/4_training/44a_rewind.ipynb #44a-500
 def checkpoint_epoch(
     content: Mapping,  # of one of our checkpoints
+    where: object = "checkpoint",  # the file, for the message
 ) -> int:  # -1: the weights that a fine-tune started from
-    "The last epoch that a checkpoint has seen."
-    return content["epoch_row"].get("epoch", -1)
+    "The last epoch that a checkpoint has seen. Raises `CheckpointError` for one that is not ours, or damaged."
+    try:
+        state = _SavedState.model_validate(content)
+        _SavedRanking.model_validate(state.callbacks.get("RankedCheckpoints", {}))
+        _SavedTimes.model_validate(state.callbacks.get("RunRecorder", {}))
+        _check_waits(state.callbacks)
+        return TypeAdapter(Annotated[int, Field(ge=-1)]).validate_python(state.epoch_row.get("epoch", -1))
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place, expected = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
+        fix = "resume from another checkpoint"
+        raise CheckpointError(f"{where}: {place}", expected, as_written(first["input"]), fix) from None
+
+
+def _check_waits(callbacks: Mapping[str, Mapping]) -> None:
+    for name, state in callbacks.items():
+        if name.startswith("EarlyStopping"):
+            TypeAdapter(int).validate_python(state.get("wait_count"))
 
 # %% ../../nbs/4_training/44a_rewind.ipynb #44a-011
 def check_owner(
@@ -85,8 +133,9 @@ def find_start(
             return Start(None, {}, -1)
         source = _existing(path)
     content = read_checkpoint(source)
+    epoch = checkpoint_epoch(content, source)
     check_owner(run, metadata, source, content)
-    return Start(source, content, checkpoint_epoch(content))
+    return Start(source, content, epoch)
 
 
 def _existing(path: Path) -> Path:
@@ -174,12 +223,25 @@ def finish_rewinds(
 ) -> None:
     "Carry out what a resume began, also one that was killed."
     for note in sorted(run.path.glob(f"resumed/*/{UNFINISHED}")):
-        said = read_json(note, RunError)
-        source = (run.path / said["source"]).resolve() if said["source"] else None
-        start = Start(source, read_checkpoint(source) if source else {}, said["after_epoch"])
+        said = _read_note(note)
+        source = (run.path / said.source).resolve() if said.source else None
+        start = Start(source, read_checkpoint(source) if source else {}, said.after_epoch)
         set_aside(run, note.parent, start.epoch)
         settle_checkpoints(run, start)
         note.unlink()
+
+
+class _Unfinished(BaseModel):
+    after_epoch: int = Field(ge=-1)
+    source: str | None
+
+
+def _read_note(note: Path) -> _Unfinished:
+    try:
+        return _Unfinished.model_validate(read_json(note, RunError))
+    except ValidationError as problem:
+        found = problem.errors()[0]["msg"]
+        raise RunError(note, "an epoch and a checkpoint", found, "restore the file from a copy") from None
 
 # %% ../../nbs/4_training/44a_rewind.ipynb #44a-028
 def rewind(

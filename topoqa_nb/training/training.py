@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lightning_fabric.plugins.environments import LightningEnvironment
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from ..data.batches import make_loader, prepare_workers
 from ..data.dataset import RunData, locate_data, open_data
-from ..data.schema import check_schema
+from ..data.schema import check_features
 from ..ground.config import LoadedConfig
 from ..ground.console import log, record
 from topoqa_nb.ground.core import (
@@ -41,6 +42,7 @@ from topoqa_nb.ground.core import (
     sha256_file,
     write_json,
 )
+from ..ground.files import followed
 from ..ground.machine import thread_count
 from ..ground.settings import Config
 from ..ground.signals import Interrupted, interruptible
@@ -85,12 +87,13 @@ def trainer_arguments(
     together: int = 1,  # batches that the loader hands out at once; it keeps `limit_train_batches`
 ) -> dict[str, object]:
     "What Lightning's `Trainer` is told; `fast_dev_run` is one epoch of one batch, with checkpoints."
+    one_process = LightningEnvironment()  # whatever a scheduler's variables say about others
+    one_process.set_global_rank(0)
     settings, quick = config.trainer, config.trainer.fast_dev_run
     return {
         "accelerator": device_of(settings),
-        "devices": settings.devices,
-        "num_nodes": settings.num_nodes,
-        "strategy": settings.strategy,
+        "devices": 1,
+        "plugins": [LocalCheckpoints(), one_process],
         "precision": lightning_precision(settings.precision),
         "max_epochs": 1 if quick else settings.num_epochs,
         "accumulate_grad_batches": settings.accumulate_grad_batches // together,
@@ -135,7 +138,7 @@ def batch_sizes(
     "Graphs a batch in each split."
     size, trainer = config.dataloader.batch_size, config.trainer
     is_counted = trainer.limit_val_batches is not None or trainer.fast_dev_run
-    free = 1 if is_counted or trainer.fuse_batches == "off" else graphs_a_pass(data.val)
+    free = 1 if is_counted or trainer.fuse_batches == "off" else graphs_a_pass(data.val, device_of(trainer))
     return {"train": size, "val": max(size, VALIDATION_BATCH, free)}
 
 # %% ../../nbs/4_training/44_training.ipynb #44-017
@@ -170,10 +173,10 @@ def read_parent(
     config: Config,  # of the fine-tune
 ) -> Parent:
     "Load, check and validate a parent. Raises `CheckpointError` and `SchemaError` naming the fields that differ."
-    checkpoint = Path(checkpoint).resolve()
+    checkpoint = followed(checkpoint).resolve()
     model, schema = load_model(checkpoint)
-    if schema is not None:
-        check_schema(checkpoint, schema, data.schema)
+    check_features(checkpoint, schema, data.schema)
+    _check_encoder(checkpoint, model, config)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
     scores = predict(child, data.val)
     if not np.isfinite(scores).all():
@@ -182,6 +185,17 @@ def read_parent(
     metrics = regression_metrics(scores, data.val.dockq.double().numpy(), data.val.targets)
     judged = judge(config.selection, metrics["val_loss"], metrics["val_spearman_corr"])
     return Parent(checkpoint, sha256_file(checkpoint), child, metrics | {"selection_metric": judged})
+
+
+def _check_encoder(checkpoint: Path, model: TopoQANet, config: Config) -> None:
+    "Raise `CheckpointError` for a parent whose edge encoder is another one, as in the published checkpoint."
+    kind = "linear" if isinstance(model.edge_embedding, torch.nn.Linear) else "mlp"
+    if kind != config.model.edge_encoder:
+        expected, found = (
+            f"an edge encoder of the kind {config.model.edge_encoder}",
+            f"one of the kind {kind}",
+        )
+        raise CheckpointError(checkpoint, expected, found, f"set model.edge_encoder={kind}")
 
 # %% ../../nbs/4_training/44_training.ipynb #44-022
 def lineage(
@@ -338,8 +352,7 @@ def fit(
     loaders[0].sampler.set_epoch(first_epoch)  # Lightning draws a resumed run's first order before it does
     with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
         called = [*callbacks, *make_callbacks(run, config, parent), tracker]
-        told = trainer_arguments(config, together)
-        trainer = Trainer(**told, callbacks=called, plugins=[LocalCheckpoints()])
+        trainer = Trainer(**trainer_arguments(config, together), callbacks=called)
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
 
 
