@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forked
+from conftest import forked, in_turn
 
 from topoqa_nb.data.dataset import open_data
 from topoqa_nb.data.demo import ensure_demo
@@ -79,18 +79,18 @@ def test_best_checkpoint_follows_the_primary_metric(tiny, tmp_path, primary):
 
 
 def test_the_last_accumulation_window_is_a_mean_over_itself(tiny, tmp_path):
-    "One epoch of SGD-like Adam steps by hand, with windows of 3 and 1 batches, gives the same weights."
-    run = run_once(
-        tiny, tmp_path, trainer__num_epochs=1, trainer__accumulate_grad_batches=3, model__dropout=0.0
-    )
+    "One epoch of Adam steps by hand, batch by batch, with windows of 3 and 1 batches, gives the same weights."
+    window_of_three = {"trainer__accumulate_grad_batches": 3, "model__dropout": 0.0}
+    run = run_once(tiny, tmp_path, trainer__num_epochs=1, trainer__precision=64, **window_of_three)
     config = load_config(run.config_file).config
     data = open_data(config)
     from topoqa_nb.data.batches import make_loader
 
     torch.manual_seed(config.dataloader.seed)
-    model = build_model(data.schema, config.model).train()
+    model = build_model(data.schema, config.model).train().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.optimizer.learning_rate)
-    batches = list(make_loader(data.train, batch_size=2, shuffle=True, seed=config.dataloader.seed))
+    loader = make_loader(data.train, batch_size=2, shuffle=True, seed=config.dataloader.seed)
+    batches = [batch.apply(lambda x: x.double() if x.is_floating_point() else x) for batch in loader]
     assert len(batches) % 3, "the case needs a short last window"
     for start in range(0, len(batches), 3):
         window = batches[start : start + 3]
@@ -100,7 +100,7 @@ def test_the_last_accumulation_window_is_a_mean_over_itself(tiny, tmp_path):
         optimizer.step()
     saved = read_checkpoint(run.checkpoints / "last.chkpt")["state_dict"]
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(saved[f"model.{name}"], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(saved[f"model.{name}"], value, rtol=1e-9, atol=1e-12)
 
 
 def test_a_checkpoint_loads_weights_only_and_describes_itself(tiny, tmp_path):
@@ -311,15 +311,15 @@ def test_a_fraction_that_leaves_a_batch_trains(tiny, tmp_path):
     assert read_metadata(quick)["status"] == "completed"
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3, 7, 49, 125, 999, 1000, 4999])
+@in_turn("batches", [1, 2, 3, 7, 49, 125, 999, 1000, 4999])
 def test_the_fraction_that_an_error_names_works(batches):
-    config = load_config(None, {"trainer.limit_train_batches": 1e-9, "dataloader.batch_size": 1}).config
+    told = {"dataloader.batch_size": 1, "trainer.fuse_batches": "off"}
+    config = load_config(None, told | {"trainer.limit_train_batches": 1e-9}).config
     data = SimpleNamespace(train=range(batches), val=range(64))
     with pytest.raises(ConfigError) as caught:
         check_batch_limits(config, data)
     fraction = float(re.search(r"a fraction from ([\d.]+)", str(caught.value))[1])
-    works = load_config(None, {"trainer.limit_train_batches": fraction, "dataloader.batch_size": 1}).config
-    check_batch_limits(works, data)
+    check_batch_limits(load_config(None, told | {"trainer.limit_train_batches": fraction}).config, data)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
