@@ -753,10 +753,10 @@ HURTS = {
 @in_turn("read", [load_config, load_manifest, file_settings])
 def test_yaml_that_hurts_is_one_short_line_at_once(read, name, here):
     path = write(here / "a.yaml", HURTS[name])
-    started = time.perf_counter()
+    started = time.process_time()  # of this process, whoever else computes
     with pytest.raises(ConfigError) as caught:
         read(path)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     message = str(caught.value)
     assert str(path) in message and len(message) < 1500 and "\n" not in message
     message.encode()
