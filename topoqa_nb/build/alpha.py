@@ -14,23 +14,29 @@ from .structures import kernel
 
 # %% ../../nbs/9_build/92a_alpha.ipynb #92a-005
 @kernel
-def _triangle_ball(a, b, c):
+def _between(points, a, b):
+    "The way from one point to another."
+    return points[b, 0] - points[a, 0], points[b, 1] - points[a, 1], points[b, 2] - points[a, 2]
+
+
+@kernel
+def _triangle_ball(points, a, b, c):
     "Squared radius (Å^2) and centre of the smallest ball through three points."
-    ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
-    vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
+    ux, uy, uz = _between(points, a, b)
+    vx, vy, vz = _between(points, a, c)
     uu, vv, uv = ux * ux + uy * uy + uz * uz, vx * vx + vy * vy + vz * vz, ux * vx + uy * vy + uz * vz
     double = 2.0 * (uu * vv - uv * uv)
     s, t = vv * (uu - uv) / double, uu * (vv - uv) / double
     x, y, z = s * ux + t * vx, s * uy + t * vy, s * uz + t * vz
-    return x * x + y * y + z * z, a[0] + x, a[1] + y, a[2] + z
+    return x * x + y * y + z * z, points[a, 0] + x, points[a, 1] + y, points[a, 2] + z
 
 
 @kernel
-def _tetrahedron_ball(a, b, c, d):
+def _tetrahedron_ball(points, a, b, c, d):
     "Squared radius (Å^2) of the ball through four points."
-    ux, uy, uz = b[0] - a[0], b[1] - a[1], b[2] - a[2]
-    vx, vy, vz = c[0] - a[0], c[1] - a[1], c[2] - a[2]
-    wx, wy, wz = d[0] - a[0], d[1] - a[1], d[2] - a[2]
+    ux, uy, uz = _between(points, a, b)
+    vx, vy, vz = _between(points, a, c)
+    wx, wy, wz = _between(points, a, d)
     uu, vv, ww = ux * ux + uy * uy + uz * uz, vx * vx + vy * vy + vz * vz, wx * wx + wy * wy + wz * wz
     cx, cy, cz = vy * wz - vz * wy, vz * wx - vx * wz, vx * wy - vy * wx
     dx, dy, dz = wy * uz - wz * uy, wz * ux - wx * uz, wx * uy - wy * ux
@@ -53,8 +59,9 @@ class AlphaComplex(NamedTuple):
 
 
 @kernel
-def _squared_distance(a, b):
-    return (a[0] - b[0]) ** 2 + (a[1] - b[1]) ** 2 + (a[2] - b[2]) ** 2
+def _squared_distance(points, a, x, y, z):
+    "From a point to a place (Å^2)."
+    return (points[a, 0] - x) ** 2 + (points[a, 1] - y) ** 2 + (points[a, 2] - z) ** 2
 
 
 @kernel
@@ -63,10 +70,11 @@ def _edges(points, corners):
     count, found = len(points), 0
     number = np.full((count, count), -1, np.int32)
     edges = np.empty((min(6 * len(corners), count * (count - 1) // 2), 2), np.int32)
-    for cell in corners:
+    for cell in range(len(corners)):
         for place in range(3):
             for later in range(place + 1, 4):
-                a, b = min(cell[place], cell[later]), max(cell[place], cell[later])
+                one, other = corners[cell, place], corners[cell, later]
+                a, b = min(one, other), max(one, other)
                 if b < count and number[a, b] < 0:
                     number[a, b], number[b, a], edges[found, 0], edges[found, 1] = found, found, a, b
                     found += 1
@@ -77,10 +85,10 @@ def _edges(points, corners):
 def _tetrahedron_values(points, corners):
     "Squared radius of every tetrahedron; infinite with a helper among its corners."
     values = np.full(len(corners), np.inf)
-    for place, cell in enumerate(corners):
-        if max(cell[0], cell[1], cell[2], cell[3]) < len(points):
-            a, b, c, d = points[cell[0]], points[cell[1]], points[cell[2]], points[cell[3]]
-            values[place] = _tetrahedron_ball(a, b, c, d)
+    for cell in range(len(corners)):
+        a, b, c, d = corners[cell, 0], corners[cell, 1], corners[cell, 2], corners[cell, 3]
+        if max(a, b, c, d) < len(points):
+            values[cell] = _tetrahedron_ball(points, a, b, c, d)
     return values
 
 
@@ -89,16 +97,16 @@ def _triangle_value(points, corners, neighbours, values, cell, place):
     "When the triangle opposite of a corner appears."
     other, count = neighbours[cell, place], len(points)
     a, b, c = corners[cell, (place + 1) & 3], corners[cell, (place + 2) & 3], corners[cell, (place + 3) & 3]
-    square, x, y, z = _triangle_ball(points[a], points[b], points[c])
-    centre, first, alone = (x, y, z), values[cell], True
+    square, x, y, z = _triangle_ball(points, a, b, c)
+    first, alone = values[cell], True
     if corners[cell, place] < count:
-        alone = _squared_distance(points[corners[cell, place]], centre) >= square
+        alone = _squared_distance(points, corners[cell, place], x, y, z) >= square
     if other >= 0:
         first = min(first, values[other])
         for corner in range(4):
             point = corners[other, corner]
             if point != a and point != b and point != c and point < count:
-                alone = alone and _squared_distance(points[point], centre) >= square
+                alone = alone and _squared_distance(points, point, x, y, z) >= square
     return square if alone else first
 
 # %% ../../nbs/9_build/92a_alpha.ipynb #92a-010
@@ -135,11 +143,12 @@ def _edge_values(points, edges, squared, triangles, sides, square):
     first, alone = np.full(len(edges), np.inf), np.ones(len(edges), np.bool_)
     for place in range(len(triangles)):
         for corner in range(3):
-            edge, opposite = sides[place, corner], points[triangles[place, (corner + 2) % 3]]
-            a, b = points[edges[edge, 0]], points[edges[edge, 1]]
-            middle = (0.5 * (a[0] + b[0]), 0.5 * (a[1] + b[1]), 0.5 * (a[2] + b[2]))
+            edge, opposite = sides[place, corner], triangles[place, (corner + 2) % 3]
+            a, b = edges[edge, 0], edges[edge, 1]
+            x, y = 0.5 * (points[a, 0] + points[b, 0]), 0.5 * (points[a, 1] + points[b, 1])
+            z = 0.5 * (points[a, 2] + points[b, 2])
             first[edge] = min(first[edge], square[place])
-            if 4.0 * _squared_distance(opposite, middle) < squared[edge]:
+            if 4.0 * _squared_distance(points, opposite, x, y, z) < squared[edge]:
                 alone[edge] = False
     return np.where(alone, 0.25 * squared, first)
 
@@ -149,8 +158,9 @@ def alpha_complex(points, corners, neighbours):
     "The alpha complex of positions (Å, float64) and their tessellation."
     edges, number = _edges(points, corners)
     squared = np.empty(len(edges))
-    for place, edge in enumerate(edges):
-        squared[place] = _squared_distance(points[edge[0]], points[edge[1]])
+    for edge in range(len(edges)):
+        x, y, z = _between(points, edges[edge, 0], edges[edge, 1])
+        squared[edge] = x * x + y * y + z * z
     triangles, sides, square, beside = _triangles(points, corners, neighbours, number)
     values = _edge_values(points, edges, squared, triangles, sides, square)
     return AlphaComplex(edges, squared, values, triangles, sides, square, beside)

@@ -71,12 +71,12 @@ def _highest(words, last):
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-008
 @kernel
-def _boundary(sides, place, row):
+def _boundary(sides, triangle, place, row):
     "Set the bits of a triangle's edges that open loops; the highest of them, or -1."
     row[:] = 0
     highest = -1
-    for edge in sides:
-        bit = place[edge]
+    for corner in range(3):
+        bit = place[sides[triangle, corner]]
         if bit >= 0:
             row[bit >> 6] ^= np.uint64(1) << np.uint64(bit & 63)
             highest = max(highest, bit)
@@ -93,14 +93,15 @@ def _loops(found, opening, place, cells):
     for triangle in order:
         if not ends[triangle]:
             continue
-        youngest = _boundary(found.sides[triangle], place, row)
+        youngest = _boundary(found.sides, triangle, place, row)
         while youngest >= 0 and taken[youngest]:
             for word in range((youngest >> 6) + 1):
                 row[word] ^= rows[youngest, word]
             youngest = _highest(row, youngest >> 6)
         if youngest >= 0:
             taken[youngest] = True
-            rows[youngest] = row
+            for word in range((youngest >> 6) + 1):
+                rows[youngest, word] = row[word]
             bars[count, 0] = found.edge_values[opening[youngest]]
             bars[count, 1] = found.triangle_values[triangle]
             count += 1

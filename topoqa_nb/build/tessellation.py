@@ -150,9 +150,9 @@ def _begin(mesh, found, ghost):
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-016
 @kernel
-def _with(corners, place, point):
+def _with(corners, cell, place, point):
     "Four corners, one of them exchanged."
-    a, b, c, d = corners[0], corners[1], corners[2], corners[3]
+    a, b, c, d = corners[cell, 0], corners[cell, 1], corners[cell, 2], corners[cell, 3]
     if place == 0:
         return point, b, c, d
     if place == 1:
@@ -163,40 +163,40 @@ def _with(corners, place, point):
 
 
 @kernel
-def _ghost_corner(corners, ghost):
-    "Which corner is the ghost, or -1."
+def _ghost_corner(corners, cell, ghost):
+    "Which corner of a tetrahedron is the ghost, or -1."
     for place in range(4):
-        if corners[place] == ghost:
+        if corners[cell, place] == ghost:
             return place
     return -1
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-017
 @kernel
-def _holds(mesh, tetrahedron, point, ghost):
+def _holds(points, corners, neighbours, cell, point, ghost):
     "Whether a point lies inside the ball of a tetrahedron."
-    place = _ghost_corner(mesh.corners[tetrahedron], ghost)
+    place = _ghost_corner(corners, cell, ghost)
     if place >= 0:
-        a, b, c, d = _with(mesh.corners[tetrahedron], place, point)
-        beyond = side(mesh.points, a, b, c, d)
+        a, b, c, d = _with(corners, cell, place, point)
+        beyond = side(points, a, b, c, d)
         if beyond != 0:
             return beyond > 0
-        tetrahedron = mesh.neighbours[tetrahedron, place]  # in the plane of the face: as its inner side says
-    corners = mesh.corners[tetrahedron]
-    return in_ball(mesh.points, corners[0], corners[1], corners[2], corners[3], point) > 0
+        cell = neighbours[cell, place]  # in the plane of the face: as its inner side says
+    a, b, c, d = corners[cell, 0], corners[cell, 1], corners[cell, 2], corners[cell, 3]
+    return in_ball(points, a, b, c, d, point) > 0
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-018
 @kernel
-def _walk(mesh, start, point, ghost):
+def _walk(points, corners, neighbours, start, point, ghost):
     "From one tetrahedron towards a point, to the one that contains it or the ghost before it."
-    place = _ghost_corner(mesh.corners[start], ghost)
-    here, steps = mesh.neighbours[start, place] if place >= 0 else start, 0
-    while _ghost_corner(mesh.corners[here], ghost) < 0:
+    place = _ghost_corner(corners, start, ghost)
+    here, steps = neighbours[start, place] if place >= 0 else start, 0
+    while _ghost_corner(corners, here, ghost) < 0:
         before = here
         for turn in range(4):
             place = (turn + steps) & 3
-            a, b, c, d = _with(mesh.corners[here], place, point)
-            if side(mesh.points, a, b, c, d) < 0:
-                here = mesh.neighbours[here, place]
+            a, b, c, d = _with(corners, here, place, point)
+            if side(points, a, b, c, d) < 0:
+                here = neighbours[here, place]
                 break
         if here == before:
             break
@@ -207,27 +207,28 @@ def _walk(mesh, start, point, ghost):
 @kernel
 def _hollow(mesh, start, point, ghost, step):
     "Open all tetrahedra whose ball holds the point; how many there are, and how many faces the hole has."
-    mesh.open[0], mesh.mark[start] = start, step
+    points, corners, neighbours, mark, opened, rim = mesh[:6]
+    opened[0], mark[start] = start, step
     done, count, faces = 0, 1, 0
     while done < count:
-        here = mesh.open[done]
+        here = opened[done]
         done += 1
         for place in range(4):
-            other = mesh.neighbours[here, place]
-            if mesh.mark[other] == step:
+            other = neighbours[here, place]
+            if mark[other] == step:
                 continue
-            if mesh.mark[other] != step + 1 and _holds(mesh, other, point, ghost):
-                mesh.open[count], mesh.mark[other] = other, step
+            if mark[other] != step + 1 and _holds(points, corners, neighbours, other, point, ghost):
+                opened[count], mark[other] = other, step
                 count += 1
             else:
-                mesh.mark[other] = step + 1  # looked at, and stays
-                mesh.rim[faces, 0], mesh.rim[faces, 1] = here, place
+                mark[other] = step + 1  # looked at, and stays
+                rim[faces, 0], rim[faces, 1] = here, place
                 faces += 1
     return count, faces
 
-
+# %% ../../nbs/9_build/92_tessellation.ipynb #92-020
 @kernel
-def _join(mesh, new, place):
+def _join(corners, neighbours, waiting, new, place):
     "Connect the sides of a new tetrahedron with those of the new ones beside it."
     for corner in range(4):
         if corner == place:
@@ -235,51 +236,50 @@ def _join(mesh, new, place):
         one, other = -1, -1
         for rest in range(4):
             if rest != corner and rest != place:
-                one, other = other, mesh.corners[new, rest]
+                one, other = other, corners[new, rest]
         one, other = min(one, other), max(one, other)
-        waits = mesh.waiting[one, other] - 1
+        waits = waiting[one, other] - 1
         if waits < 0:
-            mesh.waiting[one, other] = 4 * new + corner + 1
+            waiting[one, other] = 4 * new + corner + 1
         else:
-            mesh.waiting[one, other] = 0
-            mesh.neighbours[new, corner] = waits >> 2
-            mesh.neighbours[waits >> 2, waits & 3] = new
+            waiting[one, other] = 0
+            neighbours[new, corner] = waits >> 2
+            neighbours[waits >> 2, waits & 3] = new
 
-# %% ../../nbs/9_build/92_tessellation.ipynb #92-020
+# %% ../../nbs/9_build/92_tessellation.ipynb #92-021
 @kernel
 def _fill(mesh, point, count, faces, used, spare):
     "Fill a hole from its faces to the point; places used, places to spare, and the last tetrahedron."
+    _, corners, neighbours, mark, opened, rim, free, waiting = mesh
     new = 0
     for face in range(faces):
-        here, place = mesh.rim[face, 0], mesh.rim[face, 1]
+        here, place = rim[face, 0], rim[face, 1]
         if spare > 0:
             spare -= 1
-            new = mesh.free[spare]
+            new = free[spare]
         else:
             new = used
             used += 1
-        mesh.corners[new] = mesh.corners[here]
-        mesh.corners[new, place] = point
-        other = mesh.neighbours[here, place]
-        mesh.neighbours[new, place] = other
-        for back in range(4):
-            if mesh.neighbours[other, back] == here:
-                mesh.neighbours[other, back] = new
-        mesh.mark[new] = 0
-        _join(mesh, new, place)
+        other = neighbours[here, place]
+        for corner in range(4):
+            corners[new, corner] = point if corner == place else corners[here, corner]
+            if neighbours[other, corner] == here:
+                neighbours[other, corner] = new
+        neighbours[new, place], mark[new] = other, 0
+        _join(corners, neighbours, waiting, new, place)
     for place in range(count):
-        mesh.mark[mesh.open[place]] = _GONE
-        mesh.free[spare] = mesh.open[place]
+        mark[opened[place]] = _GONE
+        free[spare] = opened[place]
         spare += 1
     return used, spare, new
 
-# %% ../../nbs/9_build/92_tessellation.ipynb #92-022
+# %% ../../nbs/9_build/92_tessellation.ipynb #92-023
 @kernel
 def _settle(mesh, used, ghost):
     "Move the tetrahedra without a ghost to the front; how many there are. Neighbours outside become -1."
     count = 0
     for here in range(used):
-        real = mesh.mark[here] != _GONE and _ghost_corner(mesh.corners[here], ghost) < 0
+        real = mesh.mark[here] != _GONE and _ghost_corner(mesh.corners, here, ghost) < 0
         mesh.open[here] = count if real else -1
         count += real
     for here in range(used):
@@ -294,21 +294,22 @@ def _settle(mesh, used, ghost):
 @kernel
 def tessellate_grid(mesh, count):
     "Tessellate the first `count` points of a mesh, >= 1: its tetrahedra are the first of the mesh; how many there are."
-    found, total = _first_corners(mesh.points, count)
+    points, corners, neighbours = mesh[:3]
+    found, total = _first_corners(points, count)
     _begin(mesh, found, total)
     used, spare, last, step = 5, 0, 0, 0
     for point in range(count):
         if point == found[0] or point == found[1] or point == found[2] or point == found[3]:
             continue
-        start = _walk(mesh, last, point, total)
-        if not _holds(mesh, start, point, total):
+        start = _walk(points, corners, neighbours, last, point, total)
+        if not _holds(points, corners, neighbours, start, point, total):
             continue  # in the place of a point that is there already
         step += 2
         size, faces = _hollow(mesh, start, point, total, step)
         used, spare, last = _fill(mesh, point, size, faces, used, spare)
     return _settle(mesh, used, total)
 
-# %% ../../nbs/9_build/92_tessellation.ipynb #92-023
+# %% ../../nbs/9_build/92_tessellation.ipynb #92-024
 GRID = 1000  # steps per Å
 WIDEST = 36.0  # Å from one point to another; beyond, the products leave 64 bits
 
