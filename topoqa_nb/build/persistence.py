@@ -147,6 +147,19 @@ def _describe(deaths, loops, cutoff, shortest, row0, row1):
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-017
 @kernel
+def _gather(coords, grid, code, around, mask, points, on_grid):
+    "Fill in the atoms of some elements; how many there are."
+    count = 0
+    for atom in around:
+        if code[atom] & mask:
+            for axis in range(3):
+                on_grid[count, axis] = grid[atom, axis] - grid[around[0], axis]
+                points[count, axis] = coords[atom, axis]
+            count += 1
+    return count
+
+
+@kernel
 def _rows(coords, grid, code, near, first, masks, cutoff, shortest, mesh):
     "The statistics of every residue and every set of elements."
     sets, residues = len(masks), len(first) - 1
@@ -154,13 +167,7 @@ def _rows(coords, grid, code, near, first, masks, cutoff, shortest, mesh):
     for residue in range(residues):
         around = near[first[residue] : first[residue + 1]]
         for chosen in range(sets):
-            count = 0
-            for atom in around:
-                if code[atom] & masks[chosen]:
-                    for axis in range(3):
-                        mesh.points[count, axis] = grid[atom, axis] - grid[around[0], axis]
-                        points[count, axis] = coords[atom, axis]
-                    count += 1
+            count = _gather(coords, grid, code, around, masks[chosen], points, mesh.points)
             if count < 2:
                 continue
             cells = tessellate_grid(mesh, count)
