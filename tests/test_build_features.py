@@ -253,6 +253,24 @@ def test_partners_of_one_name_are_split_at_ter_records(example: Structure, tmp_p
     np.testing.assert_array_equal(interface_residues(found), interface_residues(example))
 
 
+def test_long_chain_names_and_numbers_that_are_none_in_mmcif(example: Structure, tmp_path: Path):
+    import gemmi
+
+    parsed = gemmi.read_pdb_string(pdb_text(example))
+    for place, chain in enumerate(parsed[0]):
+        chain.name = f"a-chain-with-a-long-name-{place}"
+    text = parsed.make_mmcif_document().as_string()
+    (tmp_path / "long.cif").write_text(text)
+    found = read_structure(tmp_path / "long.cif")
+    assert found.chain_names == ("a-chain-with-a-long-name-0", "a-chain-with-a-long-name-1")
+    np.testing.assert_allclose(found.coords, example.coords, atol=6e-4)
+    first = f"{example.coords[0, 0]:.3f}"
+    for instead in ("?", "north"):
+        (tmp_path / "odd.cif").write_text(text.replace(first, instead, 1))
+        with pytest.raises(StructureError, match="expected finite coordinates"):
+            read_structure(tmp_path / "odd.cif")
+
+
 def test_missing_folder_and_directory_are_one_line(tmp_path: Path):
     for path, reason in ((tmp_path / "none.pdb", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(StructureError, match=reason):

@@ -157,6 +157,16 @@ def _rename_parts(chains: Iterable) -> None:
             chain.name += str(seen[chain.name])
 
 
+def _numbered(chains: Iterable) -> np.ndarray:
+    "The names of chains; they are called by their numbers from here on, since gemmi's arrays have no room for long names."
+    names = list(dict.fromkeys(chain.name for chain in chains))
+    for chain in chains:
+        chain.name = str(names.index(chain.name))
+        for residue in chain:
+            residue.subchain = ""
+    return np.array(names)
+
+# %% ../../nbs/9_build/90_structures.ipynb #90-016
 def _atoms(path: Path, split_on_ter: bool) -> dict[str, np.ndarray]:
     "The first model as one array per property."
     parsed = _parsed(path, _content(path), split_on_ter)
@@ -165,15 +175,17 @@ def _atoms(path: Path, split_on_ter: bool) -> dict[str, np.ndarray]:
     del parsed[1:]
     if split_on_ter:
         _rename_parts(parsed[0])
+    chain_names = _numbered(parsed[0])
     flat = needed("gemmi").FlatStructure(parsed)
     names = {"chain": flat.chain_ids, "residue_name": flat.residue_names, "atom_name": flat.atom_names}
     text = {
         key: np.ascontiguousarray(value).view(f"S{value.shape[1]}").ravel() for key, value in names.items()
     }
+    text["chain"] = chain_names[text["chain"].astype(int)]
     letters = {"icode": flat.icodes, "altloc": flat.altlocs, "hetero": flat.het_flags}
     return text | letters | {"number": flat.resnums, "occupancy": flat.occ, "coords": flat.pos}
 
-# %% ../../nbs/9_build/90_structures.ipynb #90-017
+# %% ../../nbs/9_build/90_structures.ipynb #90-018
 def _first_seen(*keys: np.ndarray) -> np.ndarray:
     "Number the different rows of some columns in the order in which they appear."
     codes = np.stack([np.unique(key, return_inverse=True)[1].ravel() for key in keys], axis=1)
@@ -187,8 +199,7 @@ def _check_twice(path: Path, atoms: dict[str, np.ndarray], residue: np.ndarray) 
     count = np.bincount(residue[named], minlength=1)
     if count.max() > 1:
         atom = np.flatnonzero(named & (residue == count.argmax()))[0]
-        chain, number = atoms["chain"][atom].decode("utf-8", "replace"), atoms["number"][atom]
-        found = f"residue {number} of chain {chain!r} twice"
+        found = f"residue {atoms['number'][atom]} of chain {str(atoms['chain'][atom])!r} twice"
         fix = "give the partners chain names of their own, or split at TER records (--split-on-ter)"
         raise StructureError(path, "every residue once", found, fix)
 
@@ -203,7 +214,7 @@ def _one_location(atoms: dict[str, np.ndarray], residue: np.ndarray) -> np.ndarr
     by_residue = np.argsort(residue, kind="stable")
     return by_residue[stays[by_residue]]
 
-# %% ../../nbs/9_build/90_structures.ipynb #90-019
+# %% ../../nbs/9_build/90_structures.ipynb #90-020
 HETERO = ("all", "no_water", "none")  # what is kept beside the chains: everything, all but waters, nothing
 
 _WATERS = [b"HOH", b"WAT", b"DOD", b"H2O", b"SOL", b"TIP", b"TIP3"]
@@ -221,7 +232,7 @@ def _kept(atoms: dict[str, np.ndarray], hetero: str) -> dict[str, np.ndarray]:
 def _text(values: np.ndarray) -> np.ndarray:
     return np.char.decode(values, "utf-8", "replace")
 
-# %% ../../nbs/9_build/90_structures.ipynb #90-021
+# %% ../../nbs/9_build/90_structures.ipynb #90-022
 def read_structure(
     path: str | Path,  # .pdb, .ent, .cif or .mmcif, perhaps .gz
     hetero: str = "all",  # all, no_water or none: which atoms beside the chains are kept
@@ -260,10 +271,10 @@ def _structure(path: Path, atoms: dict, chain: np.ndarray, residue: np.ndarray) 
         icode=np.char.strip(_text(icode)),
         residue_name=_text(atoms["residue_name"][first]),
         is_hetero=atoms["hetero"][first] == ord("H"),
-        chain_names=tuple(_text(atoms["chain"][np.unique(chain, return_index=True)[1]]).tolist()),
+        chain_names=tuple(atoms["chain"][np.unique(chain, return_index=True)[1]].tolist()),
     )
 
-# %% ../../nbs/9_build/90_structures.ipynb #90-025
+# %% ../../nbs/9_build/90_structures.ipynb #90-026
 def atoms_near(
     coords: np.ndarray,  # positions of atoms (Å), [atoms, 3]
     centres: np.ndarray,  # around these (Å), [m, 3]
@@ -274,7 +285,7 @@ def atoms_near(
     first = np.cumsum([0, *map(len, lists)])
     return np.fromiter(itertools.chain.from_iterable(lists), np.int64, first[-1]), first
 
-# %% ../../nbs/9_build/90_structures.ipynb #90-028
+# %% ../../nbs/9_build/90_structures.ipynb #90-029
 def pdb_text(
     structure: Structure,  # chain names of one character
 ) -> str:
