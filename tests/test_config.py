@@ -407,6 +407,7 @@ def different_value(key: str) -> object:
         "model.hidden_dim": 64,
         "trainer.accelerator": "gpu",
         "trainer.precision": 64,
+        "trainer.fuse_batches": "off",
         "trainer.strategy": "ddp",
         "scheduler.type": "none",
         "selection.primary_metric": "val_loss",
