@@ -154,7 +154,7 @@ def test_shipped_values(name, here):
         config.trainer.accumulate_grad_batches,
         config.dataloader.seed,
     )
-    machine = {"_cuda": ("gpu", "16-mixed", 4), "_mps": ("mps", 32, 2)}
+    machine = {"_cuda": ("gpu", 32, 0), "_mps": ("mps", 32, 2)}
     expected = next((value for ending, value in machine.items() if ending in name), ("cpu", 32, 0))
     assert expected == (config.trainer.accelerator, config.trainer.precision, config.dataloader.num_workers)
     assert (config.model.pooling_type, config.model.attention_head) == ("mean", 8)
@@ -407,6 +407,7 @@ def different_value(key: str) -> object:
         "model.hidden_dim": 64,
         "trainer.accelerator": "gpu",
         "trainer.precision": 64,
+        "trainer.fuse_batches": "off",
         "trainer.strategy": "ddp",
         "scheduler.type": "none",
         "selection.primary_metric": "val_loss",
@@ -657,8 +658,9 @@ def test_other_precisions_on_a_cpu(written, means, here):
     assert load_config("a.yaml").config.trainer.precision == means
 
 
-def test_the_cuda_config_on_a_cpu_is_refused(here):
-    message = error_of(load_config, "sched_boost_seed222_cuda.yaml", ["accelerator=cpu"])
+def test_mixed_precision_on_a_cpu_is_refused(here):
+    settings = ["accelerator=cpu", "precision=16-mixed"]
+    message = error_of(load_config, "sched_boost_seed222_cuda.yaml", settings)
     assert "trainer.precision" in message and "set trainer.precision to 32" in message
 
 
