@@ -413,7 +413,6 @@ def different_value(key: str) -> object:
         "selection.primary_metric": "val_loss",
         "trainer.limit_train_batches": 0.5,
         "trainer.limit_val_batches": 3,
-        "trainer.fuse_batches": "off",
         "trainer.gradient_clip_val": 1.5,
         "mlflow.tracking_uri": "http://host:5000",
         "mlflow.run_name": "a # b",
