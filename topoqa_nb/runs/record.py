@@ -145,6 +145,11 @@ _TextOrNothing = Annotated[
 ]
 
 
+_TruthOrNothing = Annotated[
+    bool | None, BeforeValidator(lambda value: value if isinstance(value, bool) else None)
+]
+
+
 _T = TypeVar("_T")
 
 
@@ -153,7 +158,7 @@ _Section = Annotated[_T, BeforeValidator(lambda value: {} if value is None else 
 
 _SectionOrNothing = Annotated[_T, BeforeValidator(lambda value: value if isinstance(value, Mapping) else {})]
 
-
+# %% ../../nbs/3_runs/32_record.ipynb #32-401
 class _Part(BaseModel):
     "A mapping; further keys may be anything."
 
@@ -164,6 +169,9 @@ class Selection(_Part):
     "By what a run is ranked, and its best epoch."
 
     primary_metric: Literal[METRICS] | None = None
+    use_val_spearman: _TruthOrNothing = None  # None: nobody knows, as for the two that follow
+    spearman_min_delta: _Number = None
+    spearman_weight: _Number = None
     score: _Number = Field(None, alias=BEST["score"])
     epoch: _Number = Field(None, alias=BEST["epoch"])
     val_loss: _Number = Field(None, alias=BEST["val_loss"])
@@ -213,11 +221,15 @@ class Progress(_Part):
     epoch: _Number = None
     epochs: _Number = None
 
-
+# %% ../../nbs/3_runs/32_record.ipynb #32-400
 class Data(_Part):
     "What was trained on."
 
     fingerprint: _Text = None  # sha256 of labels and graphs; None: they were never opened
+    validation: _Text = None  # sha256 of the decoys that epochs are judged by; None: an earlier version
+    decoys: _Number = None  # how many those are
+    graph_dir: _TextOrNothing = None  # where the graphs lay
+    demo: _TruthOrNothing = None  # the synthetic data set
 
 
 class Tracked(_Part):
