@@ -205,7 +205,10 @@ def batch_command(
             from topoqa_nb.sweep.manifest import describe_job, load_manifest, plan_jobs
 
         content = load_manifest(manifest)
-        planned = plan_jobs(content, overrides=override, output_root=output_root, limit=limit)
+        stamp = "<start-time>" if dry_run else None
+        planned = plan_jobs(
+            content, overrides=override, output_root=output_root, limit=limit, timestamp=stamp
+        )
         if dry_run:
             print("\n".join(describe_job(job) for job in planned))
             return 0

@@ -141,7 +141,7 @@ def parent_data(
         if gone
         else f"{checkpoint} lies in no run that names them"
     )
-    fix = "name them: paths.graph, paths.train_labels, paths.val_labels (graph_dir, ... of a pipeline)"
+    fix = "name them: --override paths.graph=DIR, or -p graph_dir DIR of a pipeline or fine-tune"
     raise ConfigError("paths.graph", "the data to fine-tune on", f"none, and {told}", fix)
 
 
