@@ -306,6 +306,9 @@ class LoadedConfig:
     notes: list[str]  # remarks for the user
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-051
+_WITHOUT_EFFECT = "logging.log_every_n_steps"  # of the original stack; nothing is logged between epochs
+
+
 def load_config(
     source: str | Path | None,  # a file, the name of a shipped one, or None for the defaults
     overrides: Iterable[str] | Mapping[str, object] = (),  # of the command line: win over everything
@@ -325,7 +328,10 @@ def load_config(
     for layer in (*layers, overrides):
         _replace(applied, absolute_overrides(layer, here))
     _replace(settings, _settings(applied, "override "))
-    return LoadedConfig(_build(settings), path, read_text(path) if path else "", applied, notes)
+    config = _build(settings)
+    if config.logging.log_every_n_steps != FIELDS[_WITHOUT_EFFECT].default:
+        notes.append(f"{settings[_WITHOUT_EFFECT].where}: has no effect, metrics are logged once an epoch")
+    return LoadedConfig(config, path, read_text(path) if path else "", applied, notes)
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-061
 def dump_config(

@@ -29,7 +29,7 @@ from topoqa_nb.ground.core import (
     to_json,
 )
 from .comparability import comparison_text, grouped, left_out_text
-from .progress import left_text, progress
+from .progress import ending_text, left_text, progress
 from .record import RunDirectory, RunRecord, Runtime, read_record
 from .runs import list_runs, read_metrics
 from .selection import best_checkpoint
@@ -98,6 +98,7 @@ def summarise(
             "best": record.written.get("selection"),
             "best_checkpoint": best_file(run, record),
             "process": record.process,
+            "ending": ending_text(record),
             "progress": progress(run, record),
             "runtime": _typical(record.runtime),
             "schema": _schema_summary(run),

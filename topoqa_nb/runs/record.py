@@ -104,7 +104,7 @@ def initial_metadata(
         "identity": secrets.token_hex(16),  # its checkpoints carry it too
         "status": "running",  # then completed, interrupted or failed
         "created": now(),
-        **dict.fromkeys(("completed", "reason")),  # known at the end
+        **dict.fromkeys(("completed", "reason", "ending")),  # known at the end
         "command": shlex.join(map(str, sys.argv if command is None else command)),
         "source_config": loaded.source,
         "overrides": loaded.overrides,
@@ -291,6 +291,7 @@ class RunRecord(_Kept):
     identity: _Text = None  # its checkpoints carry it too
     status: _Text = None  # running, or one of `ENDED`; unknown for some runs of the original stack
     reason: _Text = None
+    ending: _Text = None  # in words; None: it is going, or an earlier version
     created: _Text = None
     completed: _Text = None
     source_config: _Text = None

@@ -238,7 +238,7 @@ def note_resume(
     entry = {"at": now(), "checkpoint": source, "after_epoch": start.epoch, "overrides": loaded.overrides}
     entry |= {"moved_to": aside.relative_to(run.path) if aside else None, "drift": changes}
     update_metadata(
-        run, status="running", completed=None, reason=None,
+        run, status="running", completed=None, reason=None, ending=None,
         training_parameters=loaded.config.model_dump(mode="json"),
         environment=run_environment(loaded.config, before["environment"]["threads"]),
         resumes=[*before.get("resumes", []), entry],

@@ -39,6 +39,7 @@ from ..ground.machine import thread_count
 from ..ground.settings import Config
 from ..ground.signals import Interrupted, interruptible
 from ..network.model import build_model
+from ..runs.progress import ending_text
 from ..runs.record import RunDirectory, read_record, update_metadata
 from ..runs.runs import create_run, update_best
 from ..runs.selection import SelectionRule
@@ -156,7 +157,9 @@ def describe_start(
     write_json(run.feature_file, data.schema.to_dict())
     write_json(run.coverage_file, data.coverage)
     update_best(run)
-    for line in [*notes, *device_notes(config.trainer), *data.schema.stage_lines(), *data.coverage["notes"]]:
+    told = [note for note in data.schema.notes if note.startswith("warning: ")]
+    schema = [*data.schema.stage_lines(), *told]
+    for line in [*notes, *device_notes(config.trainer), *schema, *data.coverage["notes"]]:
         log.info(line)
     for split in (data.train, data.val):
         log.info(f"{split.name}: {len(split)} of {split.coverage.total} labelled decoys have a graph")
@@ -186,7 +189,9 @@ def recorded(
 
     def finish(status: str, reason: str | None = None) -> None:
         seconds = round(earlier + time.perf_counter() - started, 3)
-        update_metadata(run, status=status, completed=now(), reason=reason, runtime={"seconds": seconds})
+        ended = read_record(run).model_copy(update={"status": status, "ending": None})
+        facts = {"completed": now(), "reason": reason, "ending": ending_text(ended)}
+        update_metadata(run, status=status, **facts, runtime={"seconds": seconds})
 
     with run_logs(run):
         try:
