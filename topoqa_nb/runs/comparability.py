@@ -59,8 +59,12 @@ def comparison_text(
     comparison: Comparison,
 ) -> str:  # one line
     "All of it in words."
-    rule = ", ".join(f"{name} {_told(value)}" for name, value in comparison.rule if name != "metric")
+    rule = ", ".join(f"{name} {_told(value)}" for name, value in _usual_left_out(comparison))
     return "; ".join(filter(None, [rule, _data_text(comparison)]))
+
+
+def _usual_left_out(comparison: Comparison) -> list[tuple[str, object]]:
+    return [pair for pair in comparison.rule if pair[0] != "metric" and pair != ("use_val_spearman", True)]
 
 
 def _data_text(comparison: Comparison) -> str:

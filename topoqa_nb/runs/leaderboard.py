@@ -297,9 +297,11 @@ def _print_tables(
     "A table for each group, and one for what has no rank."
     cells = _config_cells if rows and "seeds" in rows[0] else _run_cells
     ranked = [row for row in rows if row["rank"] is not None]
-    for number in dict.fromkeys(row["group"] for row in ranked):
+    numbers = dict.fromkeys(row["group"] for row in ranked)
+    for number in numbers:
         group = [row for row in ranked if row["group"] == number]
-        title = f"ranked by {group[0]['metric']}, lower is better; {group[0]['comparison']}"
+        title = f"ranked by {group[0]['metric']}, lower is better"
+        title += f"; {group[0]['comparison']}" if len(numbers) > 1 else ""
         _print_table(title, [cells(row) for row in group])
     if len(ranked) < len(rows):
         _print_table("not ranked", [cells(row) for row in rows if row["rank"] is None])
