@@ -689,7 +689,8 @@ def test_a_dump_is_the_whole_configuration(here, tmp_path, monkeypatch):
         copy = write(tmp_path / "run/config/config.yaml", dump_config(loaded.config))
         monkeypatch.chdir(tmp_path)
         again = load_config(copy)
-        assert again.config == loaded.config and again.notes == []
+        notes = [note for note in again.notes if "has no effect" not in note]
+        assert again.config == loaded.config and notes == []
         assert dump_config(again.config) == dump_config(loaded.config)
         assert yaml.safe_load(copy.read_text()).keys() == Config.model_fields.keys()
         monkeypatch.chdir(here)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,9 @@ from topoqa_nb.ground.signals import Interrupted
 from topoqa_nb.network.metrics import spearman
 from topoqa_nb.network.model import build_model
 from topoqa_nb.network.weights import read_checkpoint
-from topoqa_nb.runs.record import RunDirectory, read_metadata
+from topoqa_nb.runs.leaderboard import summarise
+from topoqa_nb.runs.monitor import change_line, snapshot
+from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record
 from topoqa_nb.runs.runs import METRIC_COLUMNS, read_metrics
 from topoqa_nb.training.module import TopoQAModule, predict_split
 from topoqa_nb.training.resume import resume
@@ -50,7 +53,7 @@ def test_a_run_leaves_what_the_contract_names(tiny, tmp_path):
     found = {str(path.relative_to(run.path)) for path in run.path.rglob("*")}
     assert expected <= found
     assert list(pd.read_csv(run.metrics_file).columns) == list(METRIC_COLUMNS)
-    assert read_metadata(run)["status"] == "completed"
+    assert [read_metadata(run)[name] for name in ("status", "ending")] == ["completed", "all 2 epochs"]
     assert (tmp_path / "latest").resolve() == run.path.resolve()
 
 
@@ -122,6 +125,27 @@ def test_fine_tune_keeps_nothing_of_its_parent_but_the_weights(tiny, tmp_path):
     assert score["selection_metric"] == pytest.approx(read_metrics(parent).selection_metric.min(), abs=1e-6)
 
 
+def test_a_child_that_is_its_parent_has_its_score_on_the_same_batches_and_data(tiny, tmp_path, monkeypatch):
+    "With a limit on validation batches and without data of its own; at a rate of nothing no epoch is better."
+    many = write_tiny_dataset(tmp_path / "many", targets=10, decoys=10)
+    swapped = {"train_labels": many.val_labels, "val_labels": many.train_labels}  # two validation batches
+    paths = {f"paths__{name}": str(path) for name, path in (swapped | {"graph": many.graph_dir}).items()}
+    parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=1, **paths)
+    monkeypatch.chdir(tmp_path)
+    unnamed = {key: value for key, value in tiny.items() if not key.startswith("paths.")}
+    limits = {"trainer__limit_val_batches": 1, "trainer__num_epochs": 1, "optimizer__learning_rate": 1e-12}
+    best = parent.checkpoints / "best.ckpt"
+    child = run_once(unnamed, tmp_path, "child", resume_from=best, **limits)
+    known, (row,) = read_record(child), read_metrics(child).to_dict("records")
+    assert row["val_loss"] == pytest.approx(known.lineage.parent_score["val_loss"], rel=1e-6)
+    assert known.data.decoys == 64 and known.data.validation != read_record(parent).data.validation
+    assert known.training_parameters.paths["val_labels"] == str(many.train_labels)
+    assert not (tmp_path / "demo_data").exists()
+    with pytest.raises(ConfigError, match="lies in no run that names them"):
+        run_once(unnamed, tmp_path, "orphan", resume_from=shutil.copy(best, tmp_path / "alone.ckpt"))
+    assert not (tmp_path / "orphan").exists() and not (tmp_path / "demo_data").exists()
+
+
 def test_early_stopping_knows_the_parents_score(tiny, tmp_path):
     "A child that never beats its parent stops after `patience` epochs, not after patience + 1."
     parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=6)
@@ -131,6 +155,11 @@ def test_early_stopping_knows_the_parents_score(tiny, tmp_path):
     )  # fmt: skip
     assert len(read_metrics(child)) == 3
     assert read_metadata(child)["lineage"]["improved_on_parent"] is False
+    said = "early stopping after 3 of 30 epochs (early_stopping.patience 3)"
+    assert [read_metadata(child)["ending"], summarise(child)["ending"]] == [said, said]
+    rate = "optimizer.learning_rate"
+    assert snapshot(child)["parameters"][rate] == snapshot(parent)["parameters"][rate] != 0.5
+    assert said in change_line(snapshot(child))
     assert (child.checkpoints / "best.ckpt").readlink().name.endswith("_epoch-01.chkpt")
 
 

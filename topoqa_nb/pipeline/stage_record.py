@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_file', 'read_stage', 'is_completed', 'error_record', 'restored_error', 'recorded_stage', 'relative_path',
-           'trained_score', 'run_record', 'stage_runs', 'best_run']
+           'trained_score', 'run_record', 'stage_runs', 'best_run', 'kept_parent_text']
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-002
 import os
@@ -153,3 +153,14 @@ def _is_copy(run: Mapping, folders: Sequence[str]) -> bool:
     "Does a run hold the weights of a parent that is listed too?"
     parents = Path(run.get("parent_checkpoint") or "").parents
     return run.get("improved_on_parent") is False and any(Path(folder) in parents for folder in folders)
+
+# %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-401
+def kept_parent_text(
+    runs: Sequence[Mapping],  # records of fine-tunes
+) -> str | None:  # None: every one of them beat its parent, or none was run
+    "How many fine-tunes are copies of what they started from."
+    kept = sum(run.get("improved_on_parent") is False for run in runs)
+    if not kept:
+        return None
+    text = f"{kept} of {len(runs)} fine-tunes kept their parent: no epoch was better"
+    return text + ("; their best checkpoints are one model, not an ensemble" if kept > 1 else "")

@@ -116,7 +116,7 @@ def joined_epochs(
     tables: Iterable[pd.DataFrame],  # from `read_table`, earliest first
 ) -> pd.DataFrame:  # one row an epoch, our column names
     "The rows of all starts of a run, one for each validated epoch."
-    tables = [_renamed(table) for table in tables]
+    tables = [_trained_rows(_renamed(table)) for table in tables]
     rows = pd.concat([pd.DataFrame(columns=["epoch", "val_loss"], dtype=float), *tables])
     rows = rows.groupby("epoch", as_index=False).last()  # the last value that is not empty
     rows = rows[rows.val_loss.notna()].reset_index(drop=True)
@@ -126,6 +126,16 @@ def joined_epochs(
 def _renamed(table: pd.DataFrame) -> pd.DataFrame:
     names = {theirs: ours for theirs, ours in _ORIGINAL_NAMES["metrics.csv"].items() if ours not in table}
     return table.rename(columns=names)
+
+
+def _trained_rows(table: pd.DataFrame) -> pd.DataFrame:
+    "Without validations of an epoch that was not trained again in between: an average of the weights, for one."
+    if not {"train_loss", "val_loss"} <= set(table):
+        return table
+    trained = table.train_loss.notna().groupby(table.epoch).transform("sum")
+    validated = table.val_loss.notna()
+    count = validated.groupby(table.epoch).cumsum()
+    return table[~(validated & (count > trained.clip(lower=1)))]
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-101
 def trained_epochs(
