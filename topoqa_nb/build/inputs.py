@@ -51,8 +51,8 @@ def find_structures(
         path = Path(given).absolute()
         for file in _files(path):
             name = _name(file, path if path.is_dir() else path.parent)
-            if HALF_CHARACTER.search(name):
-                raise DataError(ascii(str(file)), "a name in UTF-8", "other bytes", "rename the file")
+            if HALF_CHARACTER.search(str(file)):
+                raise DataError(ascii(str(file)), "a path in UTF-8", "other bytes", "rename it")
             if found.setdefault(name, file) != file:
                 expected, two = f"one structure called {name}", f"{found[name]} and {file}"
                 raise DataError(given, expected, two, "rename one of them, or leave it out")
