@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from . import pipeline_commands  # noqa: F401  registers pipeline, fine-tune and ramdisk
+from . import build_commands, pipeline_commands  # noqa: F401  register their commands
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground.config import dump_config, load_config
 from .ground.core import ConfigError, to_json
@@ -273,6 +273,7 @@ def archive_command(
 
 # %% ../nbs/99_cli.ipynb #99-126
 ORDER = (
+    *("build", "label", "dockq"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
     *("validate", "env", "config", "demo-data"),

@@ -9,7 +9,7 @@ __all__ = ['FileState', 'file_state', 'Begun', 'Columns', 'Written', 'GraphLine'
 # %% ../../nbs/9_build/97b_journal.ipynb #97b-003
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal
 
@@ -106,7 +106,7 @@ class Journal:
     ):
         self.path, self.end = Path(path), 0  # bytes that are believed
         self.recipe: dict[str, dict] | None = None  # None: a new build
-        self.columns: tuple[str, ...] = ()
+        self.columns: tuple[str, ...] = ()  # names of the node columns
         self.graphs: dict[str, GraphLine] = {}
         self.labels: dict[str, LabelLine] = {}
         self.in_step = False  # sidecar, summary and labels are those of all lines
@@ -115,24 +115,18 @@ class Journal:
             self._read()
 
     def _read(self) -> None:
-        with self.path.open("rb") as file:
+        with self.path.open("rb") as file, suppress(ValidationError):
             for text in file:
-                try:
-                    line = _LINE.validate_json(text)
-                except ValidationError:
-                    return
+                line = _LINE.validate_json(text)
                 if not text.endswith(b"\n") or (self.recipe is None) is not isinstance(line, Begun):
                     return
                 self._note(line)
                 self.end += len(text)
 
     def _note(self, line: _Line) -> None:
-        "Keep what a line says."
         self.in_step = isinstance(line, Written)
-        if isinstance(line, Begun):
-            self.recipe = line.recipe
-        elif isinstance(line, Columns):
-            self.columns = line.columns
+        if isinstance(line, Begun | Columns):
+            vars(self).update(line.model_dump(exclude={"kind"}))
         elif isinstance(line, GraphLine):
             self.graphs[line.name] = line
         elif isinstance(line, LabelLine):

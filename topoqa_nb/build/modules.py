@@ -8,15 +8,17 @@ __all__ = ['MODULES', 'STAGES', 'Module', 'PolarCutoff', 'PersistenceBasic', 'No
 
 # %% ../../nbs/9_build/97_modules.ipynb #97-003
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from .edges import edges_legacy_band, edges_multi_scale
 from .interface import interface_residues, node_features
-from .persistence import topology_features
+from .persistence import topology_columns, topology_features
 from .structures import Structure, StructureError
 from ..ground.core import ConfigError, did_you_mean, plain
 from ..ground.files import as_written
@@ -86,6 +88,10 @@ class PersistenceBasic(Module):
         "all", description="atoms beside the chains that count"
     )
 
+    def columns(self) -> list[str]:
+        "Names of the columns."
+        return topology_columns(self.element_filters)
+
     def run(self, structure: Structure, residues: np.ndarray) -> np.ndarray:
         return topology_features(structure, residues, **self.model_dump(exclude={"hetero"}))
 
@@ -107,8 +113,10 @@ class DsspTopoMerge(Module):
     gives: ClassVar[str] = "32 columns and those of the topology"
     drop_na: Flag = Field(True, description="leave out residues without a whole backbone; false: refuse them")
 
-    def run(self, structure: Structure, residues: np.ndarray, topology: np.ndarray) -> Nodes:
-        nodes = Nodes(*node_features(structure, residues, topology))
+    def run(
+        self, structure: Structure, residues: np.ndarray, topology: np.ndarray, names: Sequence[str]
+    ) -> Nodes:
+        nodes = Nodes(*node_features(structure, residues, topology, names))
         if not self.drop_na and len(nodes.residues) < len(residues):
             expected, fix = "a whole backbone in every residue of the interface", "set node.drop_na: true"
             raise StructureError(structure.path, expected, "; ".join(nodes.notes), fix)
@@ -129,12 +137,22 @@ class LegacyBand(Module):
     takes: ClassVar[str] = "structure, nodes"
     gives: ClassVar[str] = "11 columns"
     distance_min: Number = Field(0.0, ge=0, description="distance of two CA atoms (Å), not reached")
-    distance_max: Number = Field(10.0, gt=0, le=100, description="distance of two CA atoms (Å), not reached")
+    distance_max: Number = Field(
+        10.0, gt=0, le=100, validate_default=True, description="distance of two CA atoms (Å), not reached"
+    )
     scale_histogram: Flag = Field(True, description="min-max scale all columns")
     coordinates: Literal["xyz", "xyy"] = Field("xyz", description="xyy: as the published weights need them")
 
     def run(self, structure: Structure, residues: np.ndarray) -> Edges:
-        return Edges(*edges_legacy_band(structure, residues, **self.model_dump()))
+        params = self.model_dump(exclude={"scale_histogram"}) | {"scale_features": self.scale_histogram}
+        return Edges(*edges_legacy_band(structure, residues, **params))
+
+    @field_validator("distance_max")
+    @classmethod
+    def _above(cls, value: float, info: ValidationInfo) -> float:
+        if value <= info.data.get("distance_min", 0):
+            raise PydanticCustomError("range", "a number above distance_min")
+        return value
 
     def facts(self) -> dict[str, object]:
         "What the sidecar says about the features, besides their number."
@@ -172,6 +190,21 @@ class MultiScale(Module):
 
     def run(self, structure: Structure, residues: np.ndarray) -> Edges:
         return Edges(*edges_multi_scale(structure, residues, **self.model_dump()))
+
+    @field_validator("bands")
+    @classmethod
+    def _joined(cls, bands: tuple[Band, ...]) -> tuple[Band, ...]:
+        joined = all(one.max_distance == other.min_distance for one, other in pairwise(bands))
+        if not joined or any(band.min_distance >= band.max_distance for band in bands):
+            raise PydanticCustomError("bands", "bands that follow each other")
+        return bands
+
+    @field_validator("histogram_bins")
+    @classmethod
+    def _rising(cls, bins: tuple[float, ...]) -> tuple[float, ...]:
+        if any(one >= other for one, other in pairwise(bins)):
+            raise PydanticCustomError("bins", "limits that rise")
+        return bins
 
     def facts(self) -> dict[str, object]:
         "What the sidecar says about the features, besides their number."

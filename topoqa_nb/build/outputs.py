@@ -41,7 +41,7 @@ class Places:
 
     @property
     def summary(self) -> Path:
-        return self.out / "logs" / "graph_builder" / "graph_builder_summary.json"
+        return self.out / _LOGS / "graph_builder_summary.json"
 
     @property
     def labels(self) -> Path:
@@ -111,31 +111,35 @@ def summary_of(
     columns: Iterable[str],  # names of the node columns
 ) -> dict[str, object]:
     "What is known about a build as a whole."
-    lines = list(lines)
-    modules = {stage: module.describe() for stage, module in recipe.modules().items()}
-    content: dict[str, object] = {
-        "builder": {"id": "topoqa_nb.build", "version": __version__},
-        "graph_dir": "graph_data",
-        "log_dir": "logs/graph_builder",
-        "modules": modules,
-    }
-    left = len(lines)
-    for stage, module in modules.items():
-        failures = [[line.source.path, line.reason] for line in lines if line.reason and line.stage == stage]
-        seconds = sum(line.seconds.get(stage, 0) for line in lines)
-        counts = {"processed": left, "success": left - len(failures), "failures": failures}
-        left -= len(failures)
-        module |= {
-            "elapsed": round(seconds, 3),
-            "notes": _counted_notes(lines) if stage == "node" else [],
-            **counts,
-        }
-        content[stage] = {"elapsed": module["elapsed"], **counts, "log_dir": "logs/graph_builder"}
+    lines, left = list(lines), None
+    builder = {"id": "topoqa_nb.build", "version": __version__}
+    content = {"builder": builder, "graph_dir": "graph_data", "log_dir": _LOGS, "modules": {}}
+    for stage, module in recipe.modules().items():
+        counts = _counts(stage, lines, len(lines) if left is None else left)
+        left = counts["success"]
+        notes = _counted_notes(lines) if stage == "node" else []
+        content["modules"][stage] = module.describe() | counts | {"notes": notes}
+        content[stage] = counts | {"log_dir": _LOGS}
     dims = sorted({line.edge_dim for line in lines if not line.reason})
     content["node"]["node_feature_dim"] = len(list(columns))
     content["edge"] |= {"output_dir": "graph_data", "metadata_path": "graph_data/graph_metadata.json"}
     content["edge"]["edge_feature_dim"] = dims[0] if dims else None
     return content
+
+# %% ../../nbs/9_build/97d_outputs.ipynb #97d-014
+_LOGS = "logs/graph_builder"
+
+
+def _counts(stage: str, lines: list[GraphLine], processed: int) -> dict[str, object]:
+    "How a stage went."
+    failures = [[line.source.path, line.reason] for line in lines if line.reason and line.stage == stage]
+    seconds = round(sum(line.seconds.get(stage, 0) for line in lines), 3)
+    return {
+        "elapsed": seconds,
+        "processed": processed,
+        "success": processed - len(failures),
+        "failures": failures,
+    }
 
 
 def _counted_notes(lines: list[GraphLine]) -> list[str]:
@@ -148,7 +152,7 @@ def _counted_notes(lines: list[GraphLine]) -> list[str]:
             count[kind] += 1
     return [f"{first[kind]} ({count[kind]} in all)" for kind in first]
 
-# %% ../../nbs/9_build/97d_outputs.ipynb #97d-014
+# %% ../../nbs/9_build/97d_outputs.ipynb #97d-016
 LABEL_COLUMNS = ("MODEL", "dockq", "fnat", "irmsd", "lrmsd", "chains", "native")
 
 
@@ -166,7 +170,7 @@ def write_label_file(
         table.writerow([line.name, *numbers, chains, Path(line.native.path).name])
     write_text(path, text.getvalue())
 
-# %% ../../nbs/9_build/97d_outputs.ipynb #97d-016
+# %% ../../nbs/9_build/97d_outputs.ipynb #97d-018
 def usable(
     journal: Journal,
 ) -> Iterator[tuple[GraphLine, LabelLine | None]]:  # sorted by name

@@ -80,7 +80,7 @@ def _named(where: str, stage: str, name: object) -> type[Module]:
     except ConfigError as problem:
         raise ConfigError(where, problem.expected, problem.found, problem.fix) from None
 
-
+# %% ../../nbs/9_build/97a_recipe.ipynb #97a-011
 def _checked(config: str | Path, content: Mapping[str, object]) -> Mapping[str, dict]:
     "Stages and their keys, all of them known."
     for stage, part in content.items():
@@ -112,7 +112,7 @@ def _pairs(params: Sequence[str]) -> dict[str, dict[str, object]]:
         given.setdefault(stage, {})[key] = parse_yaml(text, f"--param {pair}")
     return given
 
-# %% ../../nbs/9_build/97a_recipe.ipynb #97a-012
+# %% ../../nbs/9_build/97a_recipe.ipynb #97a-014
 def recipe_differences(
     ours: Mapping[str, Mapping],  # as `Recipe.to_dict` makes it
     theirs: Mapping[str, Mapping],  # of the folder
@@ -131,7 +131,7 @@ def recipe_differences(
                 lines.append(f"{stage}.{key}: {here} here, {there} there")
     return lines
 
-# %% ../../nbs/9_build/97a_recipe.ipynb #97a-015
+# %% ../../nbs/9_build/97a_recipe.ipynb #97a-017
 @dataclass
 class Watch:
     "Where a build is, and how long its stages took."
@@ -148,7 +148,7 @@ class Watch:
         finally:
             self.seconds[stage] = round(time.perf_counter() - before, 6)
 
-# %% ../../nbs/9_build/97a_recipe.ipynb #97a-016
+# %% ../../nbs/9_build/97a_recipe.ipynb #97a-018
 class Graph(NamedTuple):
     "What goes into a file: arrays, and what is said about them."
 
@@ -174,14 +174,14 @@ def build_graph(
     with watch.during("topology"):
         topology = recipe.topology.run(structure, residues)
     with watch.during("node"):
-        nodes = recipe.node.run(structure, residues, topology)
+        nodes = recipe.node.run(structure, residues, topology, recipe.topology.columns())
     with watch.during("edge"):
         edges = recipe.edge.run(structure, nodes.residues)
     notes = [*nodes.notes, *(["no edges"] if not edges.index.shape[1] else [])]
     labels = [structure.label(residue) for residue in nodes.residues]
     return _checked_graph(structure, Graph(*_typed(nodes.x, edges), nodes.columns, labels, notes))
 
-
+# %% ../../nbs/9_build/97a_recipe.ipynb #97a-020
 def _typed(x: np.ndarray, edges: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
     "The arrays as they lie in a file."
     index, attr = edges
@@ -203,7 +203,7 @@ def _checked_graph(structure: Structure, graph: Graph) -> Graph:
         raise StructureError(structure.path, "finite features", "NaN or infinity", fix)
     return graph
 
-# %% ../../nbs/9_build/97a_recipe.ipynb #97a-019
+# %% ../../nbs/9_build/97a_recipe.ipynb #97a-023
 def graph_facts(
     recipe: Recipe,
     columns: Sequence[str],  # names of the node columns
