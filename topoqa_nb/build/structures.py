@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AMINO_ACIDS', 'ENDINGS', 'HETERO', 'needed', 'kernel', 'StructureError', 'Structure', 'structure_ending',
-           'read_structure', 'pdb_text']
+           'read_structure', 'atoms_near', 'pdb_text']
 
 # %% ../../nbs/9_build/90_structures.ipynb #90-002
 import gzip
 import importlib
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from ..ground.core import ConfigError, DataError, did_you_mean
 
@@ -262,6 +264,17 @@ def _structure(path: Path, atoms: dict, chain: np.ndarray, residue: np.ndarray) 
     )
 
 # %% ../../nbs/9_build/90_structures.ipynb #90-025
+def atoms_near(
+    coords: np.ndarray,  # positions of atoms (Å), [atoms, 3]
+    centres: np.ndarray,  # around these (Å), [m, 3]
+    radius: float,  # up to this distance, included (Å), > 0
+) -> tuple[np.ndarray, np.ndarray]:  # atoms in order, centre by centre; where each begins, [m + 1]
+    "The atoms around each centre."
+    lists = cKDTree(coords).query_ball_point(centres, radius, return_sorted=True)
+    first = np.cumsum([0, *map(len, lists)])
+    return np.fromiter(itertools.chain.from_iterable(lists), np.int64, first[-1]), first
+
+# %% ../../nbs/9_build/90_structures.ipynb #90-028
 def pdb_text(
     structure: Structure,  # chain names of one character
 ) -> str:
