@@ -77,6 +77,11 @@ def label_command(
 _Stage = Annotated[str | None, typer.Option(help="Module of the stage: an id or an alias.")]
 
 
+_Param = Annotated[
+    list[str], typer.Option(metavar="STAGE.KEY=VALUE", help="A parameter of a module; repeatable.")
+]
+
+
 def recipe_options(
     options: Mapping[str, object],  # of the command
 ) -> dict[str, object]:  # arguments of `load_recipe`
@@ -119,9 +124,7 @@ def build_command(
     topology: _Stage = None,
     node: _Stage = None,
     edge: _Stage = None,
-    param: Annotated[
-        list[str], typer.Option(metavar="STAGE.KEY=VALUE", help="A parameter of a module; repeatable.")
-    ] = [],  # noqa: B006
+    param: _Param = [],  # noqa: B006
     config: Annotated[Path | None, typer.Option(help="YAML with module and params of each stage.")] = None,
     native: Annotated[Path | None, typer.Option(help="As of topoqa label: also write labels.")] = None,
     jobs: Processes = "auto",

@@ -175,7 +175,7 @@ def _band(label: str, low: float, high: float) -> Band:
 
 _BANDS = (_band("short", 0, 6), _band("medium", 6, 10), _band("long", 10, 14))
 
-
+# %% ../../nbs/9_build/97_modules.ipynb #97-201
 class MultiScale(Module):
     "Distance, direction, chains, residues, band and histogram of atom distances of each pair up to 14 Å."
 

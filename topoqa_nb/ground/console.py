@@ -119,7 +119,15 @@ class _LastingStream:
             to_nobody(self.stream)
 
 # %% ../../nbs/0_ground/02_console.ipynb #02-021
-_LASTING = ("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk", "build")  # go on when nobody reads along
+_LASTING = (
+    "run",
+    "resume",
+    "batch",
+    "pipeline",
+    "fine-tune",
+    "ramdisk",
+    "build",
+)  # go on when nobody reads along
 
 
 @contextmanager
