@@ -82,6 +82,12 @@ _Param = Annotated[
 ]
 
 
+_Hetero = Annotated[
+    Literal["all", "no_water", "none"] | None,
+    typer.Option(help="Atoms beside the chains that count; default: all."),
+]
+
+
 def recipe_options(
     options: Mapping[str, object],  # of the command
 ) -> dict[str, object]:  # arguments of `load_recipe`
@@ -128,10 +134,7 @@ def build_command(
     config: Annotated[Path | None, typer.Option(help="YAML with module and params of each stage.")] = None,
     native: Annotated[Path | None, typer.Option(help="As of topoqa label: also write labels.")] = None,
     jobs: Processes = "auto",
-    hetero: Annotated[
-        Literal["all", "no_water", "none"] | None,
-        typer.Option(help="Atoms beside the chains that count; default: all."),
-    ] = None,
+    hetero: _Hetero = None,
     coordinates: Annotated[
         Literal["xyz", "xyy"] | None,
         typer.Option(help="xyy: as the published weights need them; default: xyz."),
