@@ -87,7 +87,7 @@ _Hetero = Annotated[
     typer.Option(help="Atoms beside the chains that count; default: all."),
 ]
 
-
+# %% ../nbs/98c_build_commands.ipynb #98c-201
 def recipe_options(
     options: Mapping[str, object],  # of the command
 ) -> dict[str, object]:  # arguments of `load_recipe`
