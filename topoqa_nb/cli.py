@@ -20,6 +20,7 @@ import typer
 
 from topoqa_nb import (  # noqa: F401  they register their commands
     answer_commands,
+    build_commands,
     evaluation_commands,
     pipeline_commands,
 )
@@ -313,6 +314,7 @@ def archive_command(
 
 # %% ../nbs/99_cli.ipynb #99-126
 ORDER = (
+    *("build", "label", "dockq"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
     *("predict", "evaluate", "compare", "split", "cross-validate", "export"),
