@@ -131,11 +131,16 @@ def attempts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline").resolve()
     tiny = write_tiny_dataset(folder / "data", targets=4, decoys=4)
     write_text(folder / "base.yaml", BASE)
+    head, *rows = tiny.val_labels.read_text().splitlines()
+    parts = {"val.csv": rows[::2], "held_out.csv": rows[1::2]}
+    val_labels, test_labels = (
+        write_text(folder / name, "\n".join([head, *part]) + "\n") for name, part in parts.items()
+    )
     parameters = {
         "graph_dir": "data/" + str(tiny.graph_dir.relative_to(folder / "data")),
         "train_labels": str(tiny.train_labels),
-        "val_labels": str(tiny.val_labels),
-        "test_labels": str(tiny.val_labels),
+        "val_labels": str(val_labels),
+        "test_labels": str(test_labels),
         "manifest": "two.yaml",
         "phase1_config": "base.yaml",
         "phase2_configs": ["base.yaml"],
