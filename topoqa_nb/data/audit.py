@@ -103,13 +103,13 @@ def leak_findings(
 ) -> list[Finding]:
     "Targets, graphs, contents and families that stand in two label files."
     digests = {graph.name: graph.digest for graph in graphs}
-    fix = "split by target, so that each is in one file"
     findings = []
     for one, other in combinations(label_files, 2):
         where = f"{one.path} and {other.path}"
         for what, shared in _shared(one, other, digests, families or {}).items():
             if shared:
                 problem, names = f"{what} in both: {len(shared)}", tuple(sorted(shared))
+                fix = f"split by {'family' if what == 'families' else 'target'} (topoqa split)"
                 findings.append(Finding("error", "leak", where, problem, fix, names))
     return findings + _unknown_targets(label_files)
 
