@@ -15,6 +15,7 @@ from conftest import in_turn
 
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import TrainingError, read_json, write_text
+from topoqa_nb.pipeline.answer_notebooks import EvaluateParameters, PredictParameters
 from topoqa_nb.pipeline.parameters import PipelineParameters
 from topoqa_nb.pipeline.pipeline import run_pipeline
 from topoqa_nb.pipeline.plan import STAGES
@@ -22,6 +23,7 @@ from topoqa_nb.runs.selection import best_checkpoint
 
 PIPELINES = Path(__file__).resolve().parent.parent / "pipelines"
 NAMES = [*STAGES, "full_pipeline"]
+ANSWERS = {"predict": PredictParameters, "evaluate": EvaluateParameters}
 
 
 def cells(name, kind="code"):
@@ -37,7 +39,7 @@ def parameter_cell(name):
 # --- form
 
 
-@in_turn("name", NAMES)
+@in_turn("name", [*NAMES, *ANSWERS])
 def test_every_parameter_is_typed_and_commented(name):
     source = parameter_cell(name)
     lines = source.splitlines()
@@ -65,7 +67,7 @@ def test_papermill_can_read_the_parameters(name, caplog):
     assert not caplog.records
 
 
-@in_turn("name", NAMES)
+@in_turn("name", [*NAMES, *ANSWERS])
 def test_notebooks_hold_no_logic(name):
     logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.For, ast.While, ast.Try)
     for cell in cells(name):
@@ -87,22 +89,30 @@ def test_every_parameter_is_handed_on_as_it_was_given(name):
 # --- unknown parameter
 
 
-def test_an_unknown_parameter_ends_papermill_with_the_nearest_name(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "wrong", "near"),
+    [
+        ("sweep", "graph_dri", "graph_dir"),
+        ("predict", "modles", "models"),
+        ("evaluate", "bootstrp", "bootstrap"),
+    ],
+)
+def test_an_unknown_parameter_ends_papermill_with_the_nearest_name(name, wrong, near, tmp_path):
     command = [
         sys.executable,
         "-m",
         "papermill",
-        str(PIPELINES / "sweep.ipynb"),
+        str(PIPELINES / f"{name}.ipynb"),
         "out.ipynb",
         "-p",
-        "graph_dri",
-        "x",
+        wrong,
+        "1",
     ]
     ended = subprocess.run(
         [*command, "--log-level", "ERROR", "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True
     )
     assert ended.returncode == 1
-    assert "did you mean graph_dir?" in ended.stderr
+    assert f"did you mean {near}?" in ended.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ipynb"]
 
 

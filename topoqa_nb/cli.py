@@ -69,6 +69,9 @@ def validate_command(
     ] = None,
     format: Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")] = "table",
     profile: Annotated[bool, typer.Option("--profile", help="Loading times, and the slowest files.")] = False,
+    families: Annotated[
+        Path | None, typer.Option(help="CSV with target and family: none may be in two label files.")
+    ] = None,
 ) -> int:
     "Audit a data set: files, features, names, labels, leaks. Exit code 1 if anything is wrong."
     with fast_import():
@@ -76,7 +79,7 @@ def validate_command(
         from topoqa_nb.data.audit_report import as_text, load_profile, profile_text, to_dict
         from topoqa_nb.ground.console import UNWRAPPED
 
-    found = audit(graph_dir, labels, target_regex=target_regex)
+    found = audit(graph_dir, labels, target_regex=target_regex, families=families)
     times = load_profile(found.graphs) if profile else None
     if format == "json":
         print(to_json(to_dict(found) | ({"profile": times} if times else {})))

@@ -80,17 +80,15 @@ class Comparison:
     @cached_property
     def differences(self) -> pd.DataFrame:
         "model, measure, difference to the first, its interval, share of resamples in which it is better, verdict."
-        others = list(self.evaluations.items())[1:]
-        rows = [difference(self.first, other, measure) for _, other in others for measure in other.values]
-        return pd.DataFrame(rows)
+        _, *others = self.evaluations.values()
+        pairs = [(other, key) for other in others for key in other.values if key in self.first.values]
+        return pd.DataFrame([difference(self.first, other, key) for other, key in pairs])
 
     def table(self) -> pd.DataFrame:
         "A row for each measure, a column for each model: value and interval."
-        columns = {
-            name: [with_interval(value, one.intervals.get(measure)) for measure, value in one.values.items()]
-            for name, one in self.evaluations.items()
-        }
-        return pd.DataFrame({"measure": map(measure_title, self.first.values)} | columns)
+        known = dict.fromkeys(measure for one in self.evaluations.values() for measure in one.values)
+        columns = {name: [_said_of(one, key) for key in known] for name, one in self.evaluations.items()}
+        return pd.DataFrame({"measure": [*map(measure_title, known)]} | columns)
 
     def sentences(self) -> list[str]:
         "Better, worse, or not told apart: a line for each model after the first."
@@ -105,6 +103,11 @@ class Comparison:
         )
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-010
+def _said_of(one: Evaluation, measure: str) -> str:
+    "Value and interval; empty for what a model cannot have, such as the spread of one that is no ensemble."
+    return with_interval(one.values[measure], one.intervals.get(measure)) if measure in one.values else ""
+
+
 def difference(
     first: Evaluation,
     other: Evaluation,  # of the same decoys and resamples
