@@ -19,19 +19,13 @@ from matplotlib.figure import Figure
 
 from .bootstrap import interval
 from .evaluation import Evaluation
-from topoqa_nb.answers.evaluation_report import (
-    HEADLINE,
-    figure_html,
-    figure_png,
-    html_page,
-    table_html,
-    with_interval,
-)
+from .evaluation_report import HEADLINE, with_interval
 from .measures import is_lower_better, measure_title
 from .scored import ScoredDecoys, answer_folder, scored_decoys
 from ..data.batches import Split
 from ..ground.core import ConfigError, DataError, plain, write_json, write_text
 from ..ground.figure_style import COLOURS, MARKERS, as_label, new_figure
+from ..ground.html_page import figure_html, figure_png, html_page, table_html
 from ..network.baselines import baseline_scores
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-006
