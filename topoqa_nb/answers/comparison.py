@@ -71,20 +71,27 @@ class Comparison:
         "What the others are held against."
         return next(iter(self.evaluations.values()))
 
+    @property
+    def measures(self) -> list[str]:
+        "What all of them have; an ensemble has measures of its spread as well."
+        return [
+            name for name in self.first.values if all(name in one.values for one in self.evaluations.values())
+        ]
+
     @cached_property
     def differences(self) -> pd.DataFrame:
         "model, measure, difference to the first, its interval, share of resamples in which it is better, verdict."
         others = list(self.evaluations.items())[1:]
-        rows = [difference(self.first, other, measure) for _, other in others for measure in other.values]
+        rows = [difference(self.first, other, measure) for _, other in others for measure in self.measures]
         return pd.DataFrame(rows)
 
     def table(self) -> pd.DataFrame:
         "A row for each measure, a column for each model: value and interval."
         columns = {
-            name: [with_interval(value, one.intervals.get(measure)) for measure, value in one.values.items()]
-            for name, one in self.evaluations.items()
+            model: [with_interval(one.values[name], one.intervals.get(name)) for name in self.measures]
+            for model, one in self.evaluations.items()
         }
-        return pd.DataFrame({"measure": map(measure_title, self.first.values)} | columns)
+        return pd.DataFrame({"measure": map(measure_title, self.measures)} | columns)
 
     def sentences(self) -> list[str]:
         "Better, worse, or not told apart: a line for each model after the first."
