@@ -81,7 +81,7 @@ def test_names_and_notes_of_a_run_are_words(run):
 
 def test_a_run_that_failed_says_why_and_what_to_do(run):
     rows = [",".join(["0" if name in ("epoch", "step") else "0.5" for name in METRIC_COLUMNS])]
-    run.metrics_file.write_text("\n".join([",".join(METRIC_COLUMNS), *rows]))
+    run.metrics_file.write_text("\n".join([",".join(METRIC_COLUMNS), *rows, ""]))
     update_metadata(run, status="failed", reason=HOSTILE, progress={"epoch": 0, "epochs": 9})
     seen = check_harmless(run_page(run))
     assert "failed, 1 of 9 epochs" in seen.words and "topoqa resume --run-dir" in seen.words

@@ -35,7 +35,7 @@ def figure_html(
     width = round(figure.get_figwidth() * figure.get_dpi())
     said = escape("; ".join(axis.get_title() for axis in figure.axes), quote=True)
     data = base64.b64encode(figure_png(figure)).decode()
-    return f'<p><img alt="{said}" width="{width}" src="data:image/png;base64,{data}"></p>'
+    return f'<p class="figure"><img alt="{said}" width="{width}" src="data:image/png;base64,{data}"></p>'
 
 
 def table_html(
@@ -112,18 +112,19 @@ a { color: #0072B2; }
 .answer { border-left: 4px solid #0072B2; background: #f3f7fa; padding: .6rem 1rem; overflow-wrap: anywhere; }
 .answer dl { margin: 0; display: grid; grid-template-columns: 8rem 1fr; gap: .3rem .8rem; }
 .answer dt { font-weight: 600; } .answer dd { margin: 0; }
-nav ol { margin: .5rem 0; padding-left: 1.5rem; }
+nav ol { margin: 1rem 0; padding: 0; list-style: none; columns: 18rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: right; padding: .2rem .7rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 11rem; }
 .prose th, .prose td, .words th, .words td { text-align: left; white-space: normal; min-width: 0; }
-img { max-width: 100%; height: auto; } img.formula { height: auto; max-width: none; } p.formula { text-align: center; }
+img { max-width: 100%; height: auto; } .figure { overflow-x: auto; } img.formula { height: auto; max-width: none; } p.formula { text-align: center; }
 pre { background: #f6f6f6; padding: .5rem .7rem; font-size: .8rem; line-height: 1.4; white-space: pre-wrap;
   overflow-wrap: anywhere; }
 code { font-size: .85em; overflow-wrap: anywhere; }
 details { margin: .5rem 0; } summary { color: #555; cursor: pointer; font-size: .85rem; }
 .failed { border-left: 4px solid #D55E00; }
-@media (max-width: 600px) { .answer dl { display: block; } .answer dt { margin-top: .4rem; } }
+@media screen and (max-width: 600px) { .answer dl { display: block; } .answer dt { margin-top: .4rem; }
+  .figure img { max-width: none; width: 34rem; } }
 @media print { @page { margin: 15mm; } body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
   .table { overflow: visible; } table { font-size: 8pt; } th, td { white-space: normal; padding: .1rem .3rem; }
   th:first-child, td:first-child { min-width: 0; }

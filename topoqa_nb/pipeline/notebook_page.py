@@ -58,7 +58,7 @@ def _safe_html(text: str) -> str:
 def _image_html(kind: str, data: str, said: str) -> str:
     if kind == "image/svg+xml":
         data = base64.b64encode(data.encode()).decode()
-    return f'<p><img alt="{escape(said, quote=True)}" src="data:{kind};base64,{"".join(data.split())}"></p>'
+    return f'<p class="figure"><img alt="{escape(said, quote=True)}" src="data:{kind};base64,{"".join(data.split())}"></p>'
 
 
 def _shown_data(data: Mapping[str, str], said: str) -> str:
@@ -73,7 +73,7 @@ def _shown_data(data: Mapping[str, str], said: str) -> str:
     return text_html(data.get("text/plain", ""))
 
 # %% ../../nbs/7_pipeline/73b_notebook_page.ipynb #73b-013
-_FEW_LINES = 6  # that stay open
+_FEW_LINES = 4  # that stay open
 
 
 def _console(text: str) -> str:

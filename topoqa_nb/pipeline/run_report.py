@@ -7,13 +7,14 @@ __all__ = ['REPORT_FILE', 'plot_run', 'run_box', 'run_page', 'report_file']
 
 # %% ../../nbs/7_pipeline/76_run_report.ipynb #76-003
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..ground.core import ConfigError
+from ..ground.core import ConfigError, RunError
 from ..ground.figure_style import COLOURS, LINES, new_figure
 from ..ground.html_page import figure_html, folded, html_page, table_html, text_html
 from .answer_box import answer_box, beats_baselines, judged_sections, next_steps
@@ -90,7 +91,9 @@ def _made_by(run: RunDirectory) -> str:
     written = read_record(run).written
     names = ("created", "completed", "command", "source_config", "trial_label", "notes")
     facts = {name: written.get(name) for name in names} | dict(written.get("lineage") or {})
-    rows = [(name.replace("_", " "), str(value)) for name, value in facts.items() if value not in (None, {})]
+    rows = [
+        (name.replace("_", " "), _said(value)) for name, value in facts.items() if value not in (None, {})
+    ]
     table = table_html(pd.DataFrame(rows, columns=["fact", "value"]))
     config = (
         run.config_file.read_text(encoding="utf-8", errors="replace") if run.config_file.is_file() else ""
@@ -100,11 +103,27 @@ def _made_by(run: RunDirectory) -> str:
     )
 
 
+def _said(value: object) -> str:
+    "A fact in words; scores by their names."
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_said(one)}" for name, one in value.items())
+    return f"{value:.5f}" if isinstance(value, float) else str(value)
+
+
+def _look(run: RunDirectory) -> tuple[dict, pd.DataFrame]:
+    "What the monitor sees, and the metrics; a row that is being written at this moment is waited for."
+    try:
+        return snapshot(run), read_metrics(run)
+    except RunError:
+        time.sleep(1)
+        return snapshot(run), read_metrics(run)
+
+
 def run_page(
     run: RunDirectory,
 ) -> str:
     "A run as one page. Raises `RunError` when its files are damaged."
-    seen, metrics = snapshot(run), read_metrics(run)
+    seen, metrics = _look(run)
     best = seen["best_checkpoint"]
     judged, facts = judged_or_why([Path(best)] if best else [], run.name)
     sections = {"Curves": "<p>No epoch is done.</p>"}
