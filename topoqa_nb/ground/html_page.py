@@ -128,7 +128,7 @@ details { margin: .5rem 0; } summary { color: #555; cursor: pointer; font-size: 
 @media print { @page { margin: 15mm; } body { max-width: none; padding: 0; font-size: 11pt; } nav { display: none; }
   .table { overflow: visible; } table { font-size: 8pt; } th, td { white-space: normal; padding: .1rem .3rem; }
   th:first-child, td:first-child { min-width: 0; }
-  img, tr, pre, .answer { break-inside: avoid; } h1, h2, h3 { break-after: avoid; } }
+  details:not([open]) { display: none; } img, tr, pre, .answer { break-inside: avoid; } h1, h2, h3 { break-after: avoid; } }
 """
 
 # %% ../../nbs/0_ground/08_html_page.ipynb #08-022

@@ -100,7 +100,7 @@ def next_steps(
     steps = []
     if is_better is False:
         steps = [
-            "a simple model is as good, or better, on these targets: train longer, on more targets, or with other settings"
+            "not shown to beat every simple model on these targets: train longer, on more targets, or with other settings"
         ]
     if not was_tested:
         steps += ["judge it on complexes that played no part:", f"{predict} --labels LABELS --out scores.csv"]

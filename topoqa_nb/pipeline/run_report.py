@@ -109,7 +109,7 @@ def _said(value: object) -> str:
         return ", ".join(f"{name} {_said(one)}" for name, one in value.items())
     return f"{value:.5f}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/7_pipeline/76_run_report.ipynb #76-201
 def _look(run: RunDirectory) -> tuple[dict, pd.DataFrame]:
     "What the monitor sees, and the metrics; a row that is being written at this moment is waited for."
     try:

@@ -124,7 +124,7 @@ class Standing:
                 return f"{name}: {stage.status}" + (f": {stage.error.text}" if stage.error else "")
         return f"{', '.join(self.stages) or 'nothing'} completed so far"
 
-
+# %% ../../nbs/7_pipeline/73d_standing.ipynb #73d-201
 def _as_now(stage: _Stage, name: str, run_root: Path) -> _Stage:
     "A stage that has not ended has no runs in its file: they are read from their directories."
     if stage.runs:
