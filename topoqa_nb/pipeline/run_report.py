@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..ground.core import ConfigError, RunError
+from ..answers.predictions import check_out
+from ..ground.core import RunError
 from ..ground.figure_style import COLOURS, LINES, new_figure
 from ..ground.html_page import figure_html, folded, html_page, table_html, text_html
 from .answer_box import answer_box, beats_baselines, judged_sections, next_steps
@@ -144,13 +145,5 @@ def report_file(
     out: str | Path | None = None,  # None: beside it
     overwrite: bool = False,  # replace a page that is there
 ) -> Path:  # where the page goes
-    "Where a report goes. Raises `ConfigError` for a name that is taken or is none of a page."
-    if out is None:
-        return folder / REPORT_FILE
-    out = Path(out)
-    if out.suffix not in (".html", ".htm"):
-        raise ConfigError(f"--out {out}", "a name that ends with .html", out.name, "choose another name")
-    if out.exists() and not (overwrite and out.is_file()):
-        fix = "choose another, or add --overwrite" if out.is_file() else "choose another"
-        raise ConfigError(f"--out {out}", "a name that is free", "something of this name", fix)
-    return out
+    "Where a report goes. Raises `ConfigError` for a name that is taken, or none of a page, or in no folder."
+    return check_out(out or folder / REPORT_FILE, overwrite or out is None, (".html",))
