@@ -82,12 +82,8 @@ class Comparison:
     @cached_property
     def differences(self) -> pd.DataFrame:
         "model, measure, difference to the first, its interval, share of resamples in which it is better, verdict."
-        others = list(self.evaluations.items())[1:]
-        rows = [
-            difference(self.first, other, measure)
-            for _, other in others
-            for measure in shared_measures(self.evaluations)
-        ]
+        shared, others = shared_measures(self.evaluations), list(self.evaluations.values())[1:]
+        rows = [difference(self.first, other, measure) for other in others for measure in shared]
         return pd.DataFrame(rows)
 
     def table(self) -> pd.DataFrame:
@@ -105,11 +101,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         "Everything, for JSON."
-        differences = self.differences.to_dict(orient="records")
-        models = {name: one.to_dict() for name, one in self.evaluations.items()}
-        return plain(
-            {"sentences": self.sentences(), "notes": self.notes, "differences": differences, "models": models}
-        )
+        found = {"sentences": self.sentences(), "notes": self.notes}
+        found["differences"] = self.differences.to_dict(orient="records")
+        return plain(found | {"models": {name: one.to_dict() for name, one in self.evaluations.items()}})
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-010
 def difference(
