@@ -15,10 +15,13 @@ from conftest import in_turn
 
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import TrainingError, read_json, write_text
+from topoqa_nb.ground.html_page import requests_of
 from topoqa_nb.pipeline.answer_notebooks import EvaluateParameters, PredictParameters
 from topoqa_nb.pipeline.parameters import PipelineParameters
 from topoqa_nb.pipeline.pipeline import run_pipeline
+from topoqa_nb.pipeline.pipeline_report import pipeline_page
 from topoqa_nb.pipeline.plan import STAGES
+from topoqa_nb.pipeline.standing import standing
 from topoqa_nb.runs.selection import best_checkpoint
 
 PIPELINES = Path(__file__).resolve().parent.parent / "pipelines"
@@ -223,7 +226,20 @@ def test_executed_notebooks_are_reports(attempts, name):
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"], "a report without warnings"
     assert [output for output in outputs if "image/png" in output.get("data", {})]
-    assert "<table" in (reports / f"{name}.html").read_text(encoding="utf-8")
+    page = (reports / f"{name}.html").read_text(encoding="utf-8")
+    assert "<table" in page and "<summary>code</summary>" in page
+    assert requests_of(page) == [] and len(page) < 5_000_000
+    assert page.index('class="answer"') < page.index("<nav>" if "<nav>" in page else "<h2")
+
+
+def test_the_box_of_a_pipeline_names_its_answer(attempts):
+    reports, final = attempts["folder"] / "reports", attempts["second"]["final"]
+    box = (reports / "full_pipeline.html").read_text(encoding="utf-8").partition("</div>")[0]
+    assert "validation targets" in box and "topoqa predict" in box and final["run_name"] in box
+    page = pipeline_page(standing(reports))
+    assert requests_of(page) == []
+    for heading in ("Stages", "Runs", "On the validation targets", "Test labels", "Lineage"):
+        assert f">{heading}</h2>" in page, heading
 
 
 def test_the_report_shows_the_sections_of_the_contract(attempts):

@@ -23,6 +23,7 @@ from topoqa_nb import (  # noqa: F401  they register their commands
     build_commands,
     evaluation_commands,
     pipeline_commands,
+    report_command,
 )
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground.config import dump_config, load_config
@@ -320,7 +321,7 @@ ORDER = (
     *("build", "label", "dockq"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
-    *("predict", "evaluate", "compare", "split", "cross-validate", "export"),
+    *("predict", "evaluate", "compare", "split", "cross-validate", "report", "export"),
     *("validate", "cache", "env", "config", "demo-data"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))

@@ -19,19 +19,13 @@ from matplotlib.figure import Figure
 
 from .bootstrap import interval
 from .evaluation import Evaluation
-from topoqa_nb.answers.evaluation_report import (
-    HEADLINE,
-    figure_html,
-    figure_png,
-    html_page,
-    table_html,
-    with_interval,
-)
+from .evaluation_report import HEADLINE, with_interval
 from .measures import is_lower_better, measure_title
 from .scored import ScoredDecoys, answer_folder, scored_decoys
 from ..data.batches import Split
 from ..ground.core import ConfigError, DataError, plain, write_json, write_text
 from ..ground.figure_style import COLOURS, MARKERS, as_label, new_figure
+from ..ground.html_page import figure_html, figure_png, html_page, table_html
 from ..network.baselines import baseline_scores
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-006
@@ -96,11 +90,9 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         "Everything, for JSON."
-        differences = self.differences.to_dict(orient="records")
-        models = {name: one.to_dict() for name, one in self.evaluations.items()}
-        return plain(
-            {"sentences": self.sentences(), "notes": self.notes, "differences": differences, "models": models}
-        )
+        found = {"sentences": self.sentences(), "notes": self.notes}
+        found["differences"] = self.differences.to_dict(orient="records")
+        return plain(found | {"models": {name: one.to_dict() for name, one in self.evaluations.items()}})
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-010
 def _said_of(one: Evaluation, measure: str) -> str:

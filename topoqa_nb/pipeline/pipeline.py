@@ -8,12 +8,10 @@ __all__ = ['QUIET_KERNEL', 'injected_names', 'check_parameters', 'export_html', 
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-002
 import ast
-import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import nbconvert
 import papermill
 from IPython import get_ipython
 
@@ -28,7 +26,9 @@ from topoqa_nb.ground.core import (
     write_text,
 )
 from ..ground.files import find_file
+from ..ground.html_page import Answer
 from ..ground.signals import interruptible
+from .notebook_page import notebook_page
 from topoqa_nb.pipeline.parameters import (
     PipelineParameters,
     absolute_parameters,
@@ -37,6 +37,7 @@ from topoqa_nb.pipeline.parameters import (
 )
 from .plan import STAGES, Pipeline, claim_reports, hold_reports, settle
 from .stage_record import is_completed, read_stage, restored_error, stage_file
+from .standing import notebook_answer
 from ..runs.leaderboard import best_file, comparable
 from ..runs.record import RunDirectory, read_record
 from ..runs.runs import find_run
@@ -64,11 +65,10 @@ def check_parameters(
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-011
 def export_html(
     notebook: Path,  # that was executed
+    answer: Answer = (),  # the box on top; empty: none
 ) -> Path:
     "An executed notebook as one HTML page beside it."
-    quiet = logging.Logger("nbconvert", logging.ERROR)  # it warns about figures without alternative text
-    page, _ = nbconvert.HTMLExporter(log=quiet).from_filename(str(notebook))
-    return write_text(notebook.with_suffix(".html"), page)
+    return write_text(notebook.with_suffix(".html"), notebook_page(notebook, answer))
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-014
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # it reports its own shutdown as an error
@@ -91,7 +91,7 @@ def execute_notebook(
     except Exception as error:  # papermill raises its own, nbclient's and the kernel's
         problem = error
     if target.exists():
-        export_html(target)
+        export_html(target, notebook_answer(target))
     return problem
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-017
