@@ -85,26 +85,22 @@ _AHEAD = 2  # jobs on their way for each process
 
 
 def _start_worker() -> None:
-    "A worker ends when it is told to, not when somebody presses Ctrl-C."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    "Signals to a whole group of processes leave the end of the workers to the one that asked."
+    for signum in (signal.SIGINT, signal.SIGTERM):  # half an answer in a pipe is waited for without end
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
 def _executor(processes: int) -> Iterator[ProcessPoolExecutor]:
-    "Processes that end with this block, at once if it ends with an error."
+    "Processes that end with this block, as soon as they have done what they have in hand."
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload([__name__])
-    others, before = set(multiprocessing.active_children()), dict(os.environ)
+    before = dict(os.environ)
     os.environ.update(thread_limits(1))
     executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
     try:
         yield executor
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - others:
-            process.terminate()
-        raise
     finally:
         executor.shutdown(cancel_futures=True)
         for name in thread_limits(1):
