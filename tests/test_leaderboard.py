@@ -14,7 +14,7 @@ from topoqa_nb.ground.machine import this_process
 from topoqa_nb.runs.leaderboard import by_config, leaderboard
 from topoqa_nb.runs.progress import progress
 from topoqa_nb.runs.record import read_metadata, read_record, update_metadata
-from topoqa_nb.runs.runs import append_metrics, archive, create_run, find_run, read_metrics
+from topoqa_nb.runs.runs import archive, create_run, find_run, invent_epoch, read_metrics
 from topoqa_nb.training.devices import environment
 
 
@@ -27,7 +27,7 @@ def make(root, name, score=None, *overrides, status="completed", source=None, **
     loaded = load_config(source, [f"paths.save_dir={root}", "num_epochs=10", *overrides])
     run = create_run(root, name, loaded, loaded.config, command=["topoqa"])
     for epoch, value in enumerate([] if score is None else [score + 0.1, score]):
-        append_metrics(
+        invent_epoch(
             run,
             {
                 "epoch": epoch,
@@ -341,7 +341,7 @@ def test_a_run_whose_checkpoints_are_gone_or_whose_metrics_are_cut_is_named(tmp_
     from topoqa_nb.runs.leaderboard import summarise
     from topoqa_nb.runs.monitor import snapshot
     from topoqa_nb.runs.record import update_metadata
-    from topoqa_nb.runs.runs import append_metrics, create_run
+    from topoqa_nb.runs.runs import create_run, invent_epoch
 
     loaded = load_config(None, {"paths.save_dir": tmp_path})
     row = {
@@ -356,7 +356,7 @@ def test_a_run_whose_checkpoints_are_gone_or_whose_metrics_are_cut_is_named(tmp_
         name: create_run(tmp_path, name, loaded, loaded.config, command=["x"]) for name in ("gone", "cut")
     }
     for run in runs.values():
-        append_metrics(run, row)
+        invent_epoch(run, row)
         update_metadata(run, status="completed")
     update_metadata(runs["gone"], checkpoints={"best": "checkpoint.sel--0.40000_val-0.10000_epoch000.chkpt"})
     text = runs["cut"].metrics_file.read_text()

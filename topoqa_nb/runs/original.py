@@ -18,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from pydantic import ValidationError
 
 from ..ground.config import LEGACY_KEYS, sectioned
 from ..ground.core import RunError, plain, read_json
 from ..ground.files import linked_name, read_yaml
-from .selection import BEST, METRICS, Candidate, SelectionRule, parse_checkpoint_name, rank
+from ..ground.settings import SelectionConfig, wrong_value
+from .selection import BEST, METRICS, Candidate, judge, parse_checkpoint_name, rank
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-008
 _ORIGINAL_NAMES = {
@@ -185,25 +187,34 @@ def _stands_in_section(content: Mapping[str, object], name: str) -> bool:
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-031
 def original_rule(
+    path: str | Path,  # the run directory, for the error
     stated: Mapping[str, object],  # section `selection` of the metadata or of the configuration
     filenames: Sequence[str],  # of the checkpoints
-) -> SelectionRule:
-    "How an old run judged its epochs."
+) -> SelectionConfig:
+    "How an old run judged its epochs. Raises `RunError` for a value that judges nothing."
     primary = stated.get("primary_metric")
     if primary not in METRICS:
         use = "sel-" in "".join(filenames) if filenames else stated.get("use_val_spearman", True)
         primary = "selection_metric" if use else "val_loss"
     names = ("use_val_spearman", "spearman_min_delta", "spearman_weight")
-    return SelectionRule(primary, **{name: stated[name] for name in names if stated.get(name) is not None})
+    given = {name: stated[name] for name in names if stated.get(name) is not None}
+    try:
+        return SelectionConfig(primary_metric=primary, **given)
+    except ValidationError as problem:
+        wrong = wrong_value(problem)
+        where = f"{path}: selection.{'.'.join(wrong.place)}"
+        raise RunError(
+            where, wrong.expected, repr(wrong.found), "correct it in the file of the run"
+        ) from None
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-034
 def with_selection_metric(
     metrics: pd.DataFrame,  # from `joined_epochs`
-    rule: SelectionRule,
+    rule: SelectionConfig,
 ) -> pd.DataFrame:
     "The same rows with the selection metric of each epoch."
     correlation = metrics.get("val_spearman_corr", pd.Series(math.nan, metrics.index))
-    values = [rule.metric(*pair) for pair in zip(metrics.val_loss, correlation, strict=True)]
+    values = [judge(rule, *pair) for pair in zip(metrics.val_loss, correlation, strict=True)]
     return metrics.assign(
         val_spearman_corr=correlation, selection_metric=pd.Series(values, metrics.index, dtype=float)
     )
@@ -312,12 +323,12 @@ def adopt(
     asked = asked if isinstance(asked, int) else None
     metrics = trained_epochs(metrics, asked, found.get("completed") is not None)
     names = [file.name for file in (path / _CHECKPOINTS).glob("*.c*kpt")]
-    rule = original_rule(_value(found, "selection") or _value(settings, "selection") or {}, names)
+    rule = original_rule(path, _value(found, "selection") or _value(settings, "selection") or {}, names)
     metrics = with_selection_metric(metrics, rule)
     ranked = ranked_checkpoints(path, metrics, rule.primary_metric)
     best = original_best(metrics, ranked, rule.primary_metric)
     metadata = adopted_metadata(path.name, found, settings) | {
-        "selection": vars(rule) | best,
+        "selection": rule.model_dump() | best,
         "checkpoints": {
             "best": ranked[0].filename if ranked else None,
             "ranked": [c.filename for c in ranked],

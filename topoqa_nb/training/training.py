@@ -14,7 +14,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ from ..network.model import TopoQANet, build_model
 from ..network.weights import load_model, load_weights
 from ..runs.record import RunDirectory, read_record, update_metadata
 from ..runs.runs import create_run, update_best
-from ..runs.selection import SelectionRule
+from ..runs.selection import describe_rule, judge
 from topoqa_nb.training.callbacks import (
     EarlyStopping,
     LocalCheckpoints,
@@ -183,9 +183,8 @@ def read_parent(
         fix = "check the features of the graphs, or name another checkpoint"
         raise CheckpointError(checkpoint, "finite scores of the validation split", "NaN or infinity", fix)
     metrics = regression_metrics(scores, data.val.dockq.double().numpy(), data.val.targets)
-    rule = SelectionRule.from_config(config.selection)
-    score = metrics | {"selection_metric": rule.metric(metrics["val_loss"], metrics["val_spearman_corr"])}
-    return Parent(checkpoint, sha256_file(checkpoint), child, score)
+    judged = judge(config.selection, metrics["val_loss"], metrics["val_spearman_corr"])
+    return Parent(checkpoint, sha256_file(checkpoint), child, metrics | {"selection_metric": judged})
 
 
 def _check_encoder(checkpoint: Path, model: TopoQANet, config: Config) -> None:
@@ -250,7 +249,7 @@ def describe_start(
         log.info(line)
     for split in (data.train, data.val):
         log.info(f"{split.name}: {len(split)} of {split.coverage.total} labelled decoys have a graph")
-    log.info(SelectionRule.from_config(config.selection).describe())
+    log.info(describe_rule(config.selection))
     if parent:
         log.info(f"Fine-tune of {parent.checkpoint.name}: {config.selection.primary_metric} to beat = "
                  f"{parent.score[config.selection.primary_metric]:.5f}")  # fmt: skip
@@ -339,6 +338,7 @@ def fit(
     parent: Parent | None = None,  # None: from fresh weights, or from `ckpt_path`
     ckpt_path: Path | None = None,  # a checkpoint of this run, to go on from
     first_epoch: int = 0,  # what a resumed run starts with
+    callbacks: Sequence[Callback] = (),  # more of them, called first
 ) -> None:
     "Train; every seed is set here, so what happened before does not matter."
     keep_freed_memory()
@@ -351,8 +351,9 @@ def fit(
     loaders = _loaders(config, data, together)
     loaders[0].sampler.set_epoch(first_epoch)  # Lightning draws a resumed run's first order before it does
     with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
-        callbacks = [*make_callbacks(run, config, parent), tracker]
-        trainer = Trainer(**trainer_arguments(config, together), callbacks=callbacks)
+        called = [*callbacks, *make_callbacks(run, config, parent), tracker]
+        told = trainer_arguments(config, together)
+        trainer = Trainer(**told, callbacks=called)
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
 
 
@@ -390,6 +391,7 @@ def train(
     trial_label: str | None = None,  # kept in the metadata
     parent: str | Path | None = None,  # a checkpoint to fine-tune
     command: list[str] | None = None,  # recorded; default: this process's
+    callbacks: Sequence[Callback] = (),  # of Lightning, called before those of a run
 ) -> RunDirectory:  # the directory of the completed run
     "Train one model. Raises errors of the `TopoqaError` family, and `Interrupted`."
     check_device(loaded.config.trainer)
@@ -406,17 +408,11 @@ def train(
         start = read_parent(parent, data, config) if parent else None
         check_trainer(config)
         run = create_run(
-            config.paths.save_dir,
-            run_name,
-            loaded,
-            config,
-            notes=notes,
-            trial_label=trial_label,
-            command=command,
-            sections=known_before(config, data, start, threads),
-        )
+            config.paths.save_dir, run_name, loaded, config, notes=notes, trial_label=trial_label,
+            command=command, sections=known_before(config, data, start, threads),
+        )  # fmt: skip
         with held(run.path), recorded(run):
             describe_start(run, config, data, start, [*loaded.notes, *data_notes])
-            fit(run, config, data, start)
+            fit(run, config, data, start, callbacks=callbacks)
             conclude(run)
     return run
