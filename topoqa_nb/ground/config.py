@@ -389,7 +389,7 @@ _TRUST = "paths.trust_pickles"
 def _without_trust(config: Config, where: str) -> tuple[Config, str]:
     "The configuration without the permission to run code, which a file does not give; and a remark."
     paths = config.paths.model_copy(update={"trust_pickles": False})
-    note = f"{where}: true counts only where a person gives it for this call, as an override {_TRUST}=true"
+    note = f"{where}: passed over, a file does not decide what is trusted; if you do, type --override {_TRUST}=true"
     return config.model_copy(update={"paths": paths}), note
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-061
