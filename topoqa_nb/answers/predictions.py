@@ -18,6 +18,7 @@ from topoqa_nb.ground.core import (
     ConfigError,
     DataError,
     atomic_path,
+    check_file,
     did_you_mean,
     read_json,
     sha256_file,
@@ -153,6 +154,7 @@ def read_predictions(
             path, f"a file that ends with {', '.join(_READERS)}", path.suffix or "no ending", "rename it"
         )
     try:
+        check_file(path, "a table of predictions", DataError)
         frame = _READERS[path.suffix](path)
     except (OSError, ValueError) as problem:  # errors of pandas and pyarrow are ValueErrors
         reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.labels import match_labels, read_labels, target_of
-from ..ground.core import ConfigError, DataError, atomic_directory
+from ..ground.core import ConfigError, DataError, atomic_directory, check_file
 
 # %% ../../nbs/5_answers/50h_scored_decoys.ipynb #50h-006
 _TEXT = ("MODEL", "target", "family")  # columns that are never numbers
@@ -46,6 +46,7 @@ def read_predictions(
             path, f"a table of predictions ({kinds})", f"{path.suffix or 'no ending'}", "rename it"
         )
     try:
+        check_file(path, "a table of predictions", DataError)
         table = READERS[path.suffix](path)
     except OSError as problem:
         found = problem.strerror or str(problem)
@@ -146,6 +147,7 @@ def read_families(
 ) -> dict[str, str]:  # target -> family
     "Which family a target belongs to. Raises `DataError`."
     try:
+        check_file(path, "a CSV file", DataError)
         table = _read_csv(Path(path))
     except OSError as problem:
         raise DataError(path, "a CSV file", problem.strerror or str(problem), "check the path") from None
