@@ -94,7 +94,7 @@ def world(tmp_path_factory) -> Path:
     write_json(root / "summary.json", {"modules": modules, "edge": {"output_dir": str(data.graph_dir)}})
     write_json(
         root / "reports" / "sweep.json",
-        {"stage": "sweep", "status": "completed", "jobs": [], "seconds": 1.0, "best": {}},
+        {"stage": "sweep", "status": "completed", "jobs": [], "seconds": 1.0, "best": None},
     )
     (root / "c.yaml").write_text("trainer: {num_epochs: 2}\n")
     (root / "m.yaml").write_text("shared: {config: c.yaml}\njobs: [{name: a, overrides: {seed: 1}}]\n")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_DRIFT', 'drift', 'check_drift', 'check_ended', 'check_rows', 'check_unfinished', 'continued_parent', 'misfit',
-           'check_restorable', 'go_on', 'say_resumed', 'note_kernel', 'note_resume', 'resume']
+           'check_restorable', 'go_on', 'say_resumed', 'note_kernel', 'finish_configuration', 'note_resume', 'resume']
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-003
 import random
@@ -304,6 +304,20 @@ def note_kernel(
             f"The run used the {before} attention kernel and goes on with {kernel}: the same up to rounding."
         )
 
+# %% ../../nbs/4_training/45_resume.ipynb #45-100
+_NEXT_CONFIG = "next_config.yaml"  # beside the configuration that it replaces, until it has done so
+
+
+def finish_configuration(
+    run: RunDirectory,  # with metadata
+) -> None:
+    "Put the configuration in place that the metadata of a resume speak of, also after a kill; forget one that they do not."
+    entries = read_metadata(run).get("resumes") or [{}]
+    for text in sorted(run.path.glob(f"resumed/*/{_NEXT_CONFIG}")):
+        if entries[-1].get("moved_to") == str(text.parent.relative_to(run.path)):
+            write_text(run.config_file, text.read_text(encoding="utf-8"))
+        text.unlink()
+
 # %% ../../nbs/4_training/45_resume.ipynb #45-031
 def note_resume(
     run: RunDirectory,  # that is resumed
@@ -318,7 +332,7 @@ def note_resume(
     if text != used:
         aside = aside or next_folder(run)
         write_text(aside / "config.yaml", used)
-        write_text(run.config_file, text)
+        write_text(aside / _NEXT_CONFIG, text)
     source = start.source.name if start.source else None
     entry = {"at": now(), "checkpoint": source, "after_epoch": start.epoch, "overrides": loaded.overrides}
     entry |= {"moved_to": aside.relative_to(run.path) if aside else None, "drift": changes}
@@ -328,6 +342,7 @@ def note_resume(
         environment=run_environment(loaded.config, before["environment"]["threads"]),
         resumes=[*before.get("resumes", []), entry],
     )  # fmt: skip
+    finish_configuration(run)
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-034
 def resume(
@@ -344,6 +359,7 @@ def resume(
     with held(run.path):
         remove_temporaries(run.path)
         finish_rewinds(run)
+        finish_configuration(run)
         metadata = read_metadata(run)
         start = find_start(run, metadata, checkpoint)
         loaded = load_config(run.config_file, overrides)
