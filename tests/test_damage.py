@@ -5,13 +5,16 @@
 
 import copy
 import functools
+import io
 import json
 import math
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -98,18 +101,24 @@ def world(tmp_path_factory) -> Path:
     )
     (root / "c.yaml").write_text("trainer: {num_epochs: 2}\n")
     (root / "m.yaml").write_text("shared: {config: c.yaml}\njobs: [{name: a, overrides: {seed: 1}}]\n")
-    paths = {"graph": data.graph_dir, "train_labels": data.train_labels, "val_labels": data.val_labels}
-    settings = {f"paths.{key}": value for key, value in paths.items()} | {
-        "paths.store": root / "stores",
-        "paths.save_dir": root / "runs",
-    }
-    small = {"trainer.num_epochs": 1, "model.hidden_dim": 8, "model.attention_head": 2}
-    train(load_config(None, settings | small), run_name="one")
+    train(load_config(None, settings_of(root)), run_name="one")
     write_json(
         root / "runs" / "one" / "resumed" / "1" / "unfinished.json",
         {"after_epoch": 0, "source": "model_checkpoints/last.chkpt"},
     )
     return root
+
+
+def settings_of(root: Path) -> dict[str, object]:
+    "Of a run that takes a moment."
+    data = {"graph": "graph_data", "train_labels": "train.csv", "val_labels": "val.csv"}
+    paths = {f"paths.{key}": root / "data" / name for key, name in data.items()}
+    paths |= {
+        "paths.store": root / "stores",
+        "paths.save_dir": root / "runs",
+        "paths.summary": root / "summary.json",
+    }
+    return paths | {"trainer.num_epochs": 1, "model.hidden_dim": 8, "model.attention_head": 2}
 
 
 def resumable(run: RunDirectory) -> None:
@@ -119,9 +128,50 @@ def resumable(run: RunDirectory) -> None:
     check_restorable(start, load_model(start.source)[0], load_config(run.config_file).config)
 
 
-def said(*words: object) -> None:
-    "A command ends with a code of its own, and with a line when it is refused."
-    assert main([str(word) for word in words]) in (0, 2), words
+def said(*words: object) -> int:
+    "A command ends with 0, or with 2 and a line: what somebody wrote is refused, and is no failure of a training."
+    err = io.StringIO()
+    with redirect_stderr(err):
+        code = main([str(word) for word in words])
+    lines = err.getvalue().splitlines()
+    assert code in (0, 2) and "Traceback" not in err.getvalue(), (code, words, lines[-3:])
+    assert code == 0 or lines[-1].startswith("topoqa: error: "), lines[-3:]
+    return code
+
+
+def begins(root: Path, *more: object) -> None:
+    "A run up to its first epoch, which is left out; one that is refused leaves no directory."
+    new = root / "new"
+    words = ["run", "--config", root / "c.yaml", "--output-root", new, *more]
+    words += [
+        f"--override={key}={value}" for key, value in settings_of(root).items() if key != "paths.save_dir"
+    ]
+    with patch("topoqa_nb.training.training.fit"), patch("topoqa_nb.training.training.conclude"):
+        code = said(*words)
+    left = [path.name for path in new.glob("*")] if new.is_dir() else []
+    shutil.rmtree(new, ignore_errors=True)
+    assert code == 0 or not left, left
+
+
+def goes_on(run: RunDirectory) -> None:
+    "A resume up to its first epoch; one that is refused leaves the run as it was."
+    kept = run.path.parent / ".kept"
+    shutil.copytree(run.path, kept, symlinks=True, ignore=shutil.ignore_patterns("pipe"))
+    before = listing(run.path)
+    with patch("topoqa_nb.training.resume.fit"), patch("topoqa_nb.training.resume.conclude"):
+        code = said(
+            "resume", "--run-dir", run.path, "--checkpoint", "last", "--override", "trainer.num_epochs=3"
+        )
+    after = listing(run.path)
+    shutil.rmtree(run.path)
+    kept.rename(run.path)
+    assert code == 0 or after == before, sorted(set(after.items()) ^ set(before.items()))
+
+
+def listing(folder: Path) -> dict[str, object]:
+    "What lies in a folder: kind, size and time of each file."
+    paths = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {str(path.relative_to(folder)): (path.lstat().st_mode, path.lstat().st_size) for path in paths}
 
 
 def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
@@ -138,21 +188,24 @@ def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
         lambda: open_store(data, store_dir=root / "stores"),
         lambda: cache_rows(cached_stores(root / "stores"), verify=True),
     ]
-    checkpoint = [lambda: load_model(run.last_checkpoint), lambda: resumable(run)]
+    begin = [lambda: begins(root)]
+    go_on = [lambda: goes_on(run)]
+    tune = [lambda: begins(root, "--resume-from", run.last_checkpoint)]
+    checkpoint = [lambda: load_model(run.last_checkpoint), lambda: resumable(run), *go_on, *tune]
     return {
-        "graph": (graph, [lambda: read_graph(graph)]),
-        "labels": (root / "data" / "val.csv", [lambda: read_labels(root / "data" / "val.csv")]),
-        "sidecar": (data / "graph_metadata.json", [lambda: read_sidecar(data, ["TINY01/TINY01_00"])]),
-        "summary": (root / "summary.json", [lambda: read_summary(data, root / "summary.json")]),
-        "config": (root / "c.yaml", [lambda: said("config", "--show", root / "c.yaml"), lambda: load_config(root / "c.yaml")]),
+        "graph": (graph, [lambda: read_graph(graph), *begin]),
+        "labels": (root / "data" / "val.csv", [lambda: read_labels(root / "data" / "val.csv"), *begin]),
+        "sidecar": (data / "graph_metadata.json", [lambda: read_sidecar(data, ["TINY01/TINY01_00"]), *begin]),
+        "summary": (root / "summary.json", [lambda: read_summary(data, root / "summary.json"), *begin]),
+        "config": (root / "c.yaml", [lambda: said("config", "--show", root / "c.yaml"), lambda: load_config(root / "c.yaml"), *begin]),
         "manifest": (root / "m.yaml", [lambda: plan_jobs(load_manifest(root / "m.yaml")), lambda: said("batch", "--manifest", root / "m.yaml", "--dry-run")]),
         "checkpoint": (run.last_checkpoint, checkpoint),
-        "metadata": (run.metadata_file, [*shown, lambda: said("summarise", "--run-dir", run.path)]),
+        "metadata": (run.metadata_file, [*shown, lambda: said("summarise", "--run-dir", run.path), *go_on]),
         "features": (run.feature_file, shown[:1]),
         "coverage": (run.coverage_file, shown[:1]),
-        "metrics": (run.metrics_file, [lambda: read_metrics(run), *shown]),
-        "run config": (run.config_file, [lambda: resumable(run)]),
-        "rewind": (run.path / "resumed" / "1" / "unfinished.json", [lambda: finish_rewinds(run)]),
+        "metrics": (run.metrics_file, [lambda: read_metrics(run), *shown, *go_on]),
+        "run config": (run.config_file, [lambda: resumable(run), *go_on]),
+        "rewind": (run.path / "resumed" / "1" / "unfinished.json", [*go_on, lambda: finish_rewinds(run)]),
         "stage": (root / "reports" / "sweep.json", [lambda: read_stage(root / "reports", "sweep")]),
         "store header": (store / "header", packed),
         "store array": (store / "edges", packed[:1]),

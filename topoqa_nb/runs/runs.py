@@ -233,10 +233,10 @@ def list_runs(
 ) -> list[RunDirectory]:  # sorted by name; none when the root does not exist yet
     "All runs of a run root, archived ones included."
     folders = [entry for place in (Path(root), Path(root) / "history") for entry in _entries(place)]
-    runs = [
-        RunDirectory(entry) for entry in folders if not entry.name.startswith(".") and not entry.is_symlink()
-    ]
-    return sorted((run for run in runs if _is_run(run)), key=lambda run: run.name)
+    places = [entry for entry in folders if not entry.name.startswith(".") and not entry.is_symlink()]
+    runs = [run for run in map(RunDirectory, places) if _is_run(run)]
+    names = {run.name for run in runs}
+    return sorted((run for run in runs if not _is_copied_latest(run, names)), key=lambda run: run.name)
 
 
 def _is_run(run: RunDirectory) -> bool:
@@ -244,6 +244,14 @@ def _is_run(run: RunDirectory) -> bool:
         return run.exists
     except PermissionError:  # perhaps it is one; whoever reads it will say what is wrong
         return True
+
+
+def _is_copied_latest(run: RunDirectory, names: set[str]) -> bool:
+    "Is this the link `latest` of a root whose copy followed links, and is its run there too?"
+    try:
+        return run.name == "latest" and read_record(run).written.get("run_name") in names - {"latest"}
+    except RunError:
+        return False
 
 
 def _entries(folder: Path) -> list[Path]:
