@@ -102,10 +102,9 @@ def world(tmp_path_factory) -> Path:
     (root / "c.yaml").write_text("trainer: {num_epochs: 2}\n")
     (root / "m.yaml").write_text("shared: {config: c.yaml}\njobs: [{name: a, overrides: {seed: 1}}]\n")
     train(load_config(None, settings_of(root)), run_name="one")
-    write_json(
-        root / "runs" / "one" / "resumed" / "1" / "unfinished.json",
-        {"after_epoch": 0, "source": "model_checkpoints/last.chkpt"},
-    )
+    shutil.copytree(root / "runs" / "one", root / "runs" / "two", symlinks=True)
+    note = root / "runs" / "two" / "resumed" / "1" / "unfinished.json"
+    write_json(note, {"after_epoch": 0, "source": "model_checkpoints/last.chkpt"})
     return root
 
 
@@ -177,7 +176,11 @@ def listing(folder: Path) -> dict[str, object]:
 def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
     "Name -> a file, and what reads it."
     data, runs = root / "data" / "graph_data", root / "runs"
-    run, graph = RunDirectory(runs / "one"), sorted(data.rglob("*.pt"))[0]
+    run, rewound, graph = (
+        RunDirectory(runs / "one"),
+        RunDirectory(runs / "two"),
+        sorted(data.rglob("*.pt"))[0],
+    )
     store = next((path.parent for path in (root / "stores").glob("*/*/header")), root / "stores" / "none")
     shown = [
         lambda: summarise(run),
@@ -205,7 +208,7 @@ def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
         "coverage": (run.coverage_file, shown[:1]),
         "metrics": (run.metrics_file, [lambda: read_metrics(run), *shown, *go_on]),
         "run config": (run.config_file, [lambda: resumable(run), *go_on]),
-        "rewind": (run.path / "resumed" / "1" / "unfinished.json", [*go_on, lambda: finish_rewinds(run)]),
+        "rewind": (rewound.path / "resumed" / "1" / "unfinished.json", [lambda: finish_rewinds(rewound), lambda: summarise(rewound)]),
         "stage": (root / "reports" / "sweep.json", [lambda: read_stage(root / "reports", "sweep")]),
         "store header": (store / "header", packed),
         "store array": (store / "edges", packed[:1]),

@@ -272,7 +272,7 @@ def _absolute_value(key: str, value: object, base: str | Path) -> object:
         return value
     if key in _PATH_KEYS:
         return absolute_path(value, base)
-    is_uri = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", value) or value == "databricks"
+    is_uri = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|[$][{]MLFLOW_", value) or value == "databricks"
     return value if is_uri else str(absolute_path(value, base))
 
 

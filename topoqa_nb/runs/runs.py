@@ -304,7 +304,7 @@ def find_run(
         fix = "give the folder of a run, not a folder inside or above it"
         raise RunError(found[0], "a run directory", "a folder without run_metadata.json", fix)
     near = nearest(str(run_id), [run.name for run in list_runs(root)])
-    fix = f"did you mean {near}?" if near else "list the runs with: topoqa leaderboard --root DIR"
+    fix = f"did you mean {near}?" if near else "list the runs with: topoqa leaderboard --run-root DIR"
     raise RunError(root, f"a run called {run_id}", "no such run", fix)
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-043
@@ -314,7 +314,7 @@ def _check_archivable(root: Path, run: RunDirectory) -> None:
         raise RunError(run.path, "a run outside history/", "a run that is archived", "leave it out")
     if run.path.parent != root:
         raise RunError(
-            run.path, f"a run of the run root {root}", "a run elsewhere", "name its run root with --root"
+            run.path, f"a run of the run root {root}", "a run elsewhere", "name its run root with --run-root"
         )
     if os.path.lexists(root / "history" / run.name):
         raise RunError(
