@@ -145,10 +145,12 @@ def begins(root: Path, *more: object) -> None:
     words += [
         f"--override={key}={value}" for key, value in settings_of(root).items() if key != "paths.save_dir"
     ]
-    with patch("topoqa_nb.training.training.fit"), patch("topoqa_nb.training.training.conclude"):
-        code = said(*words)
-    left = [path.name for path in new.glob("*")] if new.is_dir() else []
-    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with patch("topoqa_nb.training.training.fit"), patch("topoqa_nb.training.training.conclude"):
+            code = said(*words)
+        left = [path.name for path in new.glob("*")] if new.is_dir() else []
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     assert code == 0 or not left, left
 
 
@@ -157,13 +159,15 @@ def goes_on(run: RunDirectory) -> None:
     kept = run.path.parent / ".kept"
     shutil.copytree(run.path, kept, symlinks=True, ignore=shutil.ignore_patterns("pipe"))
     before = listing(run.path)
-    with patch("topoqa_nb.training.resume.fit"), patch("topoqa_nb.training.resume.conclude"):
-        code = said(
-            "resume", "--run-dir", run.path, "--checkpoint", "last", "--override", "trainer.num_epochs=3"
-        )
-    after = listing(run.path)
-    shutil.rmtree(run.path)
-    kept.rename(run.path)
+    try:
+        with patch("topoqa_nb.training.resume.fit"), patch("topoqa_nb.training.resume.conclude"):
+            code = said(
+                "resume", "--run-dir", run.path, "--checkpoint", "last", "--override", "trainer.num_epochs=3"
+            )
+        after = listing(run.path)
+    finally:
+        shutil.rmtree(run.path)
+        kept.rename(run.path)
     assert code == 0 or after == before, sorted(set(after.items()) ^ set(before.items()))
 
 
