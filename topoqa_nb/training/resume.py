@@ -55,11 +55,11 @@ from topoqa_nb.training.training import (
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-102
 class _Known(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)
 
 
 class _KnownEnvironment(_Known):
-    threads: int = Field(ge=1)
+    threads: int = Field(ge=1, le=4096)
     kernel: str
     process: dict[str, object] = {}
 
