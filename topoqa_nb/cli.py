@@ -200,7 +200,7 @@ def resume_command(
 # %% ../nbs/99_cli.ipynb #99-018
 def _run_shown(
     planned: Sequence[object],  # from `plan_jobs`
-    style: Literal["table", "json"],  # of the results
+    style: Literal["table", "json"] = "table",  # of the results
     **options: object,  # of `run_jobs`
 ) -> int:
     "Run jobs, and print how every one of them ended."

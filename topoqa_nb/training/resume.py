@@ -11,6 +11,7 @@ __all__ = ['NOT_DRIFT', 'resumable_metadata', 'drift', 'check_drift', 'check_end
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -75,6 +76,14 @@ class _KnownLineage(_Known):
     parent_score: dict[str, float | None] | None = None
 
 
+class _KnownSelection(_Known):
+    primary_metric: Literal["selection_metric", "val_loss"]
+
+
+class _KnownCheckpoints(_Known):
+    best: str | None
+
+# %% ../../nbs/4_training/45_resume.ipynb #45-105
 class _KnownRun(_Known):
     "What a resume reads of the metadata, and the sections that it writes to."
 
@@ -83,8 +92,8 @@ class _KnownRun(_Known):
     data: _KnownData
     lineage: _KnownLineage
     training_parameters: dict[str, object]
-    selection: dict[str, object]
-    checkpoints: dict[str, object] = Field(min_length=1)
+    selection: _KnownSelection
+    checkpoints: _KnownCheckpoints
     progress: dict[str, object]
     runtime: dict[str, object]
     resumes: list[dict[str, object]] = []
