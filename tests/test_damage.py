@@ -1,17 +1,20 @@
 """Every file that is read, in every form of damage, by whatever reads it: a line, or a value, and never a traceback or a wait.
 
-`make test` takes every 40th case of the table, `make test-faults` takes all of them (TOPOQA_DAMAGE_EVERY=1).
+`make test` takes every 80th case of the table, `make test-faults` takes all of them (TOPOQA_DAMAGE_EVERY=1).
 """
 
 import copy
 import functools
+import io
 import json
 import math
 import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -35,7 +38,7 @@ from topoqa_nb.training.resume import check_restorable
 from topoqa_nb.training.rewind import find_start, finish_rewinds
 from topoqa_nb.training.training import train
 
-EVERY = int(os.environ.get("TOPOQA_DAMAGE_EVERY", "40"))
+EVERY = int(os.environ.get("TOPOQA_DAMAGE_EVERY", "80"))
 SECONDS = 30  # in which a case ends, on a machine that does other things too
 
 # --- what can happen to a file ---
@@ -94,22 +97,27 @@ def world(tmp_path_factory) -> Path:
     write_json(root / "summary.json", {"modules": modules, "edge": {"output_dir": str(data.graph_dir)}})
     write_json(
         root / "reports" / "sweep.json",
-        {"stage": "sweep", "status": "completed", "jobs": [], "seconds": 1.0, "best": {}},
+        {"stage": "sweep", "status": "completed", "jobs": [], "seconds": 1.0, "best": None},
     )
     (root / "c.yaml").write_text("trainer: {num_epochs: 2}\n")
     (root / "m.yaml").write_text("shared: {config: c.yaml}\njobs: [{name: a, overrides: {seed: 1}}]\n")
-    paths = {"graph": data.graph_dir, "train_labels": data.train_labels, "val_labels": data.val_labels}
-    settings = {f"paths.{key}": value for key, value in paths.items()} | {
+    train(load_config(None, settings_of(root)), run_name="one")
+    shutil.copytree(root / "runs" / "one", root / "runs" / "two", symlinks=True)
+    note = root / "runs" / "two" / "resumed" / "1" / "unfinished.json"
+    write_json(note, {"after_epoch": 0, "source": "model_checkpoints/last.chkpt"})
+    return root
+
+
+def settings_of(root: Path) -> dict[str, object]:
+    "Of a run that takes a moment."
+    data = {"graph": "graph_data", "train_labels": "train.csv", "val_labels": "val.csv"}
+    paths = {f"paths.{key}": root / "data" / name for key, name in data.items()}
+    paths |= {
         "paths.store": root / "stores",
         "paths.save_dir": root / "runs",
+        "paths.summary": root / "summary.json",
     }
-    small = {"trainer.num_epochs": 1, "model.hidden_dim": 8, "model.attention_head": 2}
-    train(load_config(None, settings | small), run_name="one")
-    write_json(
-        root / "runs" / "one" / "resumed" / "1" / "unfinished.json",
-        {"after_epoch": 0, "source": "model_checkpoints/last.chkpt"},
-    )
-    return root
+    return paths | {"trainer.num_epochs": 1, "model.hidden_dim": 8, "model.attention_head": 2}
 
 
 def resumable(run: RunDirectory) -> None:
@@ -119,15 +127,64 @@ def resumable(run: RunDirectory) -> None:
     check_restorable(start, load_model(start.source)[0], load_config(run.config_file).config)
 
 
-def said(*words: object) -> None:
-    "A command ends with a code of its own, and with a line when it is refused."
-    assert main([str(word) for word in words]) in (0, 2), words
+def said(*words: object) -> int:
+    "A command ends with 0, or with 2 and a line: what somebody wrote is refused, and is no failure of a training."
+    err = io.StringIO()
+    with redirect_stderr(err):
+        code = main([str(word) for word in words])
+    lines = err.getvalue().splitlines()
+    assert code in (0, 2) and "Traceback" not in err.getvalue(), (code, words, lines[-3:])
+    assert code == 0 or lines[-1].startswith("topoqa: error: "), lines[-3:]
+    return code
+
+
+def begins(root: Path, *more: object) -> None:
+    "A run up to its first epoch, which is left out; one that is refused leaves no directory."
+    new = root / "new"
+    words = ["run", "--config", root / "c.yaml", "--output-root", new, *more]
+    words += [
+        f"--override={key}={value}" for key, value in settings_of(root).items() if key != "paths.save_dir"
+    ]
+    try:
+        with patch("topoqa_nb.training.training.fit"), patch("topoqa_nb.training.training.conclude"):
+            code = said(*words)
+        left = [path.name for path in new.glob("*")] if new.is_dir() else []
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    assert code == 0 or not left, left
+
+
+def goes_on(run: RunDirectory) -> None:
+    "A resume up to its first epoch; one that is refused leaves the run as it was."
+    kept = run.path.parent / ".kept"
+    shutil.copytree(run.path, kept, symlinks=True, ignore=shutil.ignore_patterns("pipe"))
+    before = listing(run.path)
+    try:
+        with patch("topoqa_nb.training.resume.fit"), patch("topoqa_nb.training.resume.conclude"):
+            code = said(
+                "resume", "--run-dir", run.path, "--checkpoint", "last", "--override", "trainer.num_epochs=3"
+            )
+        after = listing(run.path)
+    finally:
+        shutil.rmtree(run.path)
+        kept.rename(run.path)
+    assert code == 0 or after == before, sorted(set(after.items()) ^ set(before.items()))
+
+
+def listing(folder: Path) -> dict[str, object]:
+    "What lies in a folder: kind, size and time of each file."
+    paths = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {str(path.relative_to(folder)): (path.lstat().st_mode, path.lstat().st_size) for path in paths}
 
 
 def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
     "Name -> a file, and what reads it."
     data, runs = root / "data" / "graph_data", root / "runs"
-    run, graph = RunDirectory(runs / "one"), sorted(data.rglob("*.pt"))[0]
+    run, rewound, graph = (
+        RunDirectory(runs / "one"),
+        RunDirectory(runs / "two"),
+        sorted(data.rglob("*.pt"))[0],
+    )
     store = next((path.parent for path in (root / "stores").glob("*/*/header")), root / "stores" / "none")
     shown = [
         lambda: summarise(run),
@@ -138,21 +195,24 @@ def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
         lambda: open_store(data, store_dir=root / "stores"),
         lambda: cache_rows(cached_stores(root / "stores"), verify=True),
     ]
-    checkpoint = [lambda: load_model(run.last_checkpoint), lambda: resumable(run)]
+    begin = [lambda: begins(root)]
+    go_on = [lambda: goes_on(run)]
+    tune = [lambda: begins(root, "--resume-from", run.last_checkpoint)]
+    checkpoint = [lambda: load_model(run.last_checkpoint), lambda: resumable(run), *go_on, *tune]
     return {
-        "graph": (graph, [lambda: read_graph(graph)]),
-        "labels": (root / "data" / "val.csv", [lambda: read_labels(root / "data" / "val.csv")]),
-        "sidecar": (data / "graph_metadata.json", [lambda: read_sidecar(data, ["TINY01/TINY01_00"])]),
-        "summary": (root / "summary.json", [lambda: read_summary(data, root / "summary.json")]),
-        "config": (root / "c.yaml", [lambda: said("config", "--show", root / "c.yaml"), lambda: load_config(root / "c.yaml")]),
+        "graph": (graph, [lambda: read_graph(graph), *begin]),
+        "labels": (root / "data" / "val.csv", [lambda: read_labels(root / "data" / "val.csv"), *begin]),
+        "sidecar": (data / "graph_metadata.json", [lambda: read_sidecar(data, ["TINY01/TINY01_00"]), *begin]),
+        "summary": (root / "summary.json", [lambda: read_summary(data, root / "summary.json"), *begin]),
+        "config": (root / "c.yaml", [lambda: said("config", "--show", root / "c.yaml"), lambda: load_config(root / "c.yaml"), *begin]),
         "manifest": (root / "m.yaml", [lambda: plan_jobs(load_manifest(root / "m.yaml")), lambda: said("batch", "--manifest", root / "m.yaml", "--dry-run")]),
         "checkpoint": (run.last_checkpoint, checkpoint),
-        "metadata": (run.metadata_file, [*shown, lambda: said("summarise", "--run-dir", run.path)]),
+        "metadata": (run.metadata_file, [*shown, lambda: said("summarise", "--run-dir", run.path), *go_on]),
         "features": (run.feature_file, shown[:1]),
         "coverage": (run.coverage_file, shown[:1]),
-        "metrics": (run.metrics_file, [lambda: read_metrics(run), *shown]),
-        "run config": (run.config_file, [lambda: resumable(run)]),
-        "rewind": (run.path / "resumed" / "1" / "unfinished.json", [lambda: finish_rewinds(run)]),
+        "metrics": (run.metrics_file, [lambda: read_metrics(run), *shown, *go_on]),
+        "run config": (run.config_file, [lambda: resumable(run), *go_on]),
+        "rewind": (rewound.path / "resumed" / "1" / "unfinished.json", [lambda: finish_rewinds(rewound), lambda: summarise(rewound)]),
         "stage": (root / "reports" / "sweep.json", [lambda: read_stage(root / "reports", "sweep")]),
         "store header": (store / "header", packed),
         "store array": (store / "edges", packed[:1]),

@@ -432,7 +432,7 @@ def test_the_test_labels_meet_the_final_model_alone_and_once(given, tmp_path, ti
     best = sweep_stage(run, StandIn({"plain": -0.7}))["best"]
     asked = []
 
-    def predict(checkpoint, split):
+    def predict(checkpoint, split, schema):
         asked.append(checkpoint)
         return np.linspace(0, 1, len(split))
 

@@ -251,8 +251,9 @@ def test_mlflow_is_missing(tmp_path, monkeypatch, lines):
     assert read_metrics(run).val_loss.tolist() == LOSSES
 
 
-def test_a_server_that_refuses_costs_one_line_without_the_password(tmp_path, lines):
-    run = new_run(tmp_path, "http://me:secret@127.0.0.1:9")
+def test_a_server_that_refuses_costs_one_line_without_the_password(tmp_path, monkeypatch, lines):
+    monkeypatch.setenv("MLFLOW_SERVER", "http://me:secret@127.0.0.1:9")
+    run = new_run(tmp_path, "${MLFLOW_SERVER}")
     train_epochs(run)
     assert len(lines()) == 1 and "refused" in lines()[0] and "secret" not in lines()[0]
     assert "secret" not in str(read_metadata(run)["mlflow"])
@@ -280,8 +281,9 @@ def test_a_broken_database_costs_one_line_and_no_retries(tmp_path, lines, conten
     assert read_metrics(run).val_loss.tolist() == LOSSES
 
 
-def test_a_database_server_that_is_down_is_not_tried_for_minutes(tmp_path, lines):
-    run = new_run(tmp_path, "postgresql://me:secret@127.0.0.1:9/mlflow")
+def test_a_database_server_that_is_down_is_not_tried_for_minutes(tmp_path, monkeypatch, lines):
+    monkeypatch.setenv("MLFLOW_SERVER", "postgresql://me:secret@127.0.0.1:9/mlflow")
+    run = new_run(tmp_path, "${MLFLOW_SERVER}")
     started = time.monotonic()
     train_epochs(run)
     assert len(lines()) == 1 and "secret" not in lines()[0] and time.monotonic() - started < 30

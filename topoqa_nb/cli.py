@@ -26,6 +26,7 @@ from topoqa_nb import (  # noqa: F401  they register their commands
     report_command,
 )
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
+from .ground import console
 from .ground.config import dump_config, load_config
 from .ground.core import ConfigError, to_json
 from .ground.files import find_file
@@ -148,7 +149,9 @@ def run_command(
     run_name: Annotated[
         str | None, typer.Option(help="Name of the run directory; default: the time.")
     ] = None,
-    output_root: Annotated[Path | None, typer.Option(help="Run root; default: paths.save_dir.")] = None,
+    output_root: Annotated[
+        Path | None, typer.Option("--run-root", help="Run root; default: paths.save_dir.")
+    ] = None,
     notes: Annotated[str | None, typer.Option(help="Kept in notes.txt.")] = None,
     trial_label: Annotated[str | None, typer.Option(help="Kept in the run's metadata.")] = None,
     resume_from: Annotated[
@@ -202,21 +205,25 @@ def resume_command(
 # %% ../nbs/99_cli.ipynb #99-018
 def _run_shown(
     planned: Sequence[object],  # from `plan_jobs`
+    style: Literal["table", "json"] = "table",  # of the results
     **options: object,  # of `run_jobs`
 ) -> int:
     "Run jobs, and print how every one of them ended."
     with fast_import():
         from topoqa_nb.sweep.jobs import results_table
         from topoqa_nb.sweep.sweep import SweepInterrupted, run_jobs
-        from topoqa_nb.sweep.table import listeners
+        from topoqa_nb.sweep.table import UNWATCHED, listeners
 
-    say, watch = listeners()
+    def show(result: object) -> None:
+        print(to_json(result.to_dict()) if style == "json" else results_table(result))
+
+    say, watch = listeners() if style == "table" else (console.say, UNWATCHED)  # lines are no JSON
     try:
         result = run_jobs(planned, say=say, watch=watch, **options)
     except SweepInterrupted as stop:
-        print(results_table(stop.result))
+        show(stop.result)
         raise
-    print(results_table(result))
+    show(result)
     return 0 if result.completed else 1
 
 # %% ../nbs/99_cli.ipynb #99-017
@@ -225,7 +232,7 @@ def batch_command(
     manifest: Annotated[str, typer.Option(help="A manifest, or the name of a shipped one.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first jobs.")] = None,
     override: Override = [],  # noqa: B006
-    output_root: Annotated[Path | None, typer.Option(help="Run root of all jobs.")] = None,
+    output_root: Annotated[Path | None, typer.Option("--run-root", help="Run root of all jobs.")] = None,
     jobs: Jobs = 1,
     executor: Annotated[  # in the help when there is a second one that works
         Literal["local", "ray"], typer.Option(hidden=True, help="Where jobs run.")
@@ -234,6 +241,7 @@ def batch_command(
         bool, typer.Option("--skip-completed", help="Do not repeat completed jobs.")
     ] = False,
     dry_run: DryRun = False,
+    format: Annotated[Literal["table", "json"], typer.Option(help="Form of the results.")] = "table",
 ) -> int:
     "Run every job of a manifest."
     find_file(manifest, "manifests", [Path.cwd()])
@@ -251,7 +259,7 @@ def batch_command(
             return 0
         options = {"jobs": jobs, "skip_completed": skip_completed, "executor": executor, "server": server}
         tolerant, name = content.continue_on_error, Path(manifest).stem
-        return _run_shown(planned, **options, continue_on_error=tolerant, name=name)
+        return _run_shown(planned, format, **options, continue_on_error=tolerant, name=name)
 
 # %% ../nbs/99_cli.ipynb #99-019
 @app.command("summarise")
@@ -264,7 +272,7 @@ def summarise_command(run_id: RunId = None, run_dir: RunDir = None, root: Root =
 # %% ../nbs/99_cli.ipynb #99-020
 @app.command("leaderboard")
 def leaderboard_command(
-    root: Annotated[Path, typer.Option(help="Run root.")] = RUN_ROOT,
+    root: Annotated[Path, typer.Option("--run-root", help="Run root.")] = RUN_ROOT,
     limit: Annotated[int, typer.Option(min=1, help="Rows of each group.")] = 5,
     format: Annotated[Literal["table", "json", "csv"], typer.Option(help="Form of the output.")] = "table",
     everything: Annotated[

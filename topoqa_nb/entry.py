@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['app', 'RUN_ROOT', 'Override', 'Root', 'RunId', 'RunDir', 'DryRun', 'Jobs', 'topoqa', 'usage_problem', 'exit_code',
-           'joined_pairs', 'main', 'shell', 'job_count', 'chosen_run']
+           'joined_pairs', 'usual_options', 'voice', 'main', 'shell', 'job_count', 'chosen_run']
 
 # %% ../nbs/97_entry.ipynb #97-002
 import faulthandler
 import io
+import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,12 +22,12 @@ import typer
 from typer.exceptions import TyperException
 
 from . import __version__
-from .ground.console import check_text, console_for, to_nobody
+from .ground.console import LOG_LEVEL, check_text, console_for, console_level, to_nobody
 from .ground.core import ConfigError, TopoqaError, TrainingError, resource_error
 from .ground.signals import Interrupted, end_without_cleaning, interruptible
 
 # %% ../nbs/97_entry.ipynb #97-102
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _print_version(asked: bool) -> None:
@@ -39,6 +40,16 @@ def _print_version(asked: bool) -> None:
 def topoqa(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", "-v", help="Also what else only training.log gets; TOPOQA_LOG_LEVEL=DEBUG."
+        ),
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Warnings, errors and results alone; TOPOQA_LOG_LEVEL=WARNING."),
     ] = False,
 ) -> None:
     "Trains graph networks that score predicted protein complexes, on whatever features the graphs hold."
@@ -103,6 +114,36 @@ def joined_pairs(
             joined.append(argument)
     return joined
 
+# %% ../nbs/97_entry.ipynb #97-119
+_EARLIER_NAMES = {"--root": "--run-root", "--output-root": "--run-root"}
+_VOICE = {"-v": "DEBUG", "--verbose": "DEBUG", "-q": "WARNING", "--quiet": "WARNING"}
+
+
+def usual_options(
+    arguments: Sequence[str],  # of the command line
+) -> list[str]:
+    "The same with today's name of an option, and with -v and -q in front, where Typer looks for them."
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    parts = [word.partition("=") for word in arguments[:end]]
+    words = ["".join([_EARLIER_NAMES.get(name, name), *rest]) for name, *rest in parts]
+    return [*sorted(words, key=lambda word: word not in _VOICE), *arguments[end:]]
+
+
+@contextmanager
+def voice(
+    arguments: Sequence[str],  # from `usual_options`
+) -> Iterator[None]:
+    "What -v or -q say is the log level of this process and of those that it starts."
+    before = os.environ.get(LOG_LEVEL)
+    try:
+        for word in filter(_VOICE.__contains__, arguments[:1]):
+            os.environ[LOG_LEVEL] = _VOICE[word]
+        yield
+    finally:
+        os.environ.pop(LOG_LEVEL, None)
+        if before is not None:
+            os.environ[LOG_LEVEL] = before
+
 # %% ../nbs/97_entry.ipynb #97-110
 def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
@@ -113,11 +154,14 @@ def main(
     if arguments is None and sys.stderr and not faulthandler.is_enabled():
         faulthandler.enable(all_threads=False)  # names a SIGBUS or SIGSEGV, and where it happened
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if arguments[0] in ("pipeline", "fine-tune"):
+    arguments = usual_options(arguments)
+    command = next((word for word in arguments if not word.startswith("-")), "--help")
+    if command in ("pipeline", "fine-tune"):
         arguments = joined_pairs(arguments)
-    with console_for(arguments[0]):
+    with voice(arguments), console_for(command):
         try:
-            check_text(arguments)
+            console_level()  # a wrong name of a level is said at once
+            check_text([command, *arguments])
             with interruptible():
                 code = app(args=arguments, prog_name="topoqa", standalone_mode=False)
                 sys.stdout.flush()
@@ -151,7 +195,7 @@ Override = Annotated[
 ]
 
 
-Root = Annotated[Path, typer.Option("--root", help="Run root in which --run-id is looked up.")]
+Root = Annotated[Path, typer.Option("--run-root", help="Run root in which --run-id is looked up.")]
 
 
 RunId = Annotated[str | None, typer.Option("--run-id", help="Name of a run, or latest.")]
@@ -177,7 +221,12 @@ def job_count(
 
 Jobs = Annotated[
     object,  # int or auto
-    typer.Option("--jobs", parser=job_count, metavar="N|auto", help="Runs at a time; auto: fills the cores."),
+    typer.Option(
+        "--jobs",
+        parser=job_count,
+        metavar="N|auto",
+        help="Runs at a time, 1 unless said; auto: fills the cores.",
+    ),
 ]
 
 # %% ../nbs/97_entry.ipynb #97-013

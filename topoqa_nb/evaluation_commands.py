@@ -209,7 +209,7 @@ def cross_validate_command(
     folds: Annotated[int, typer.Option(help="Runs of each job, 3 or more.")] = 5,
     families: Families = None,
     override: Override = [],  # noqa: B006
-    output_root: Annotated[Path | None, typer.Option(help="Run root of all runs.")] = None,
+    output_root: Annotated[Path | None, typer.Option("--run-root", help="Run root of all runs.")] = None,
     jobs: Jobs = 1,
     bootstrap: Bootstrap = 2000,
     seed: Seed = 0,

@@ -20,6 +20,7 @@ from topoqa_nb.ground.core import (
     ConfigError,
     DataError,
     atomic_path,
+    check_file,
     did_you_mean,
     read_json,
     sha256_file,
@@ -200,6 +201,7 @@ def read_predictions(
         found = "a directory" if path.is_dir() else "no such file"
         raise DataError(path, "a table of predictions", found, "check the path")
     try:
+        check_file(path, "a table of predictions", DataError)
         table = _READERS[path.suffix](path)
     except (OSError, ValueError) as problem:  # errors of pandas and pyarrow are ValueErrors
         reason = getattr(problem, "strerror", None) or " ".join(str(problem).split())

@@ -95,6 +95,11 @@ def open_data(
 ) -> RunData:
     "Open the graphs, resolve the schema, match the labels. Raises `DataError`, `SchemaError`, `ConfigError`."
     paths = config.paths
+    for name in ("graph", "train_labels", "val_labels"):
+        if getattr(paths, name) is None:
+            raise ConfigError(
+                f"paths.{name}", "a path", "none", "name the data, or restore the configuration"
+            )
     store = open_store(paths.graph, trust_pickles=paths.trust_pickles, store_dir=paths.store)
     schema = resolve_schema(
         paths.graph,

@@ -24,7 +24,7 @@ _GRAPH = SavedKind(
     what="graph",
     error=DataError,
     classes=(Data, DataEdgeAttr, DataTensorAttr, GlobalStorage),
-    plainly="write it again as a plain Data object, or, if you trust its author, allow it with paths.trust_pickles=true",
+    plainly="write it again as a plain Data object, or, if you trust its author, give this call --override paths.trust_pickles=true",
 )
 
 # %% ../../nbs/1_data/11_graphs.ipynb #11-014

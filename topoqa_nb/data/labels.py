@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import pandas as pd
 
-from ..ground.core import ConfigError, DataError
+from ..ground.core import ConfigError, DataError, check_file
 
 # %% ../../nbs/1_data/16_labels.ipynb #16-005
 def read_cells(
@@ -26,6 +26,7 @@ def read_cells(
 ) -> pd.DataFrame:  # the two columns as text, numbered from 1 like the data rows of the file
     "The two columns of a label file. Raises `DataError` when it is not a CSV or lacks one of them."
     try:
+        check_file(path, "a CSV file", DataError)
         cells = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except OSError as problem:
         raise DataError(path, "a CSV file", problem.strerror or str(problem), "check the path") from None

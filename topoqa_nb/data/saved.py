@@ -100,6 +100,9 @@ def _check_archive(path: Path, kind: SavedKind) -> None:
         raise kind.error(path, "an archive that is not compressed", found, "save it again with torch.save")
 
 # %% ../../nbs/1_data/10a_saved.ipynb #10a-500
+_REPEATED = 64_000_000  # bytes that tensors may show beyond those that they have
+
+
 def _inside(value: object) -> list:
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
@@ -112,12 +115,13 @@ def _beyond_its_storage(value: object) -> int:
     "Bytes that a tensor shows and does not have."
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return 0
+    if value.is_meta:  # a shape without any number
+        return _REPEATED + 1
     return max(0, value.numel() * value.element_size() - value.untyped_storage().nbytes())
 
 # %% ../../nbs/1_data/10a_saved.ipynb #10a-018
 _LEVELS = 100  # of lists in lists; metadata have five
 _VALUES = 2_000_000  # numbers, texts and characters outside of tensors
-_REPEATED = 64_000_000  # bytes that tensors show beyond those that they have
 
 
 def check_extent(
@@ -140,7 +144,7 @@ def check_extent(
         if repeated > _REPEATED:
             expected, found = (
                 "tensors with numbers of their own",
-                "some that repeat a few numbers over gigabytes",
+                "some that repeat a few numbers over gigabytes, or have none",
             )
             raise kind.error(path, expected, found, "remove the file, or save it again with .contiguous()")
         waiting += [(item, level + 1) for item in inside]

@@ -272,7 +272,7 @@ def _absolute_value(key: str, value: object, base: str | Path) -> object:
         return value
     if key in _PATH_KEYS:
         return absolute_path(value, base)
-    is_uri = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", value) or value == "databricks"
+    is_uri = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:|[$][{]MLFLOW_", value) or value == "databricks"
     return value if is_uri else str(absolute_path(value, base))
 
 
@@ -394,7 +394,7 @@ _TRUST = "paths.trust_pickles"
 def _without_trust(config: Config, where: str) -> tuple[Config, str]:
     "The configuration without the permission to run code, which a file does not give; and a remark."
     paths = config.paths.model_copy(update={"trust_pickles": False})
-    note = f"{where}: true counts only where a person gives it for this call, as an override {_TRUST}=true"
+    note = f"{where}: passed over, a file does not decide what is trusted; if you do, type --override {_TRUST}=true"
     return config.model_copy(update={"paths": paths}), note
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-061

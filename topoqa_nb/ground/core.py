@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HALF_CHARACTER', 'TopoqaError', 'ConfigError', 'DataError', 'SchemaError', 'CheckpointError', 'RunError',
            'ResourceError', 'TrainingError', 'nearest', 'did_you_mean', 'atomic_path', 'write_text', 'atomic_directory',
-           'scratch_folder', 'temporary_files', 'plain', 'to_json', 'write_json', 'read_json', 'replace_link',
-           'sha256_file', 'sha256_json', 'now', 'held', 'remove_temporaries', 'resource_error']
+           'scratch_folder', 'temporary_files', 'plain', 'to_json', 'write_json', 'check_file', 'read_json',
+           'replace_link', 'sha256_file', 'sha256_json', 'now', 'held', 'remove_temporaries', 'resource_error']
 
 # %% ../../nbs/0_ground/00_core.ipynb #00-003
 import difflib
@@ -270,6 +270,18 @@ def write_json(
     "Write a JSON file whole or not at all."
     return write_text(path, to_json(value) + "\n")
 
+# %% ../../nbs/0_ground/00_core.ipynb #00-101
+def check_file(
+    path: str | Path,  # what should be a file; nothing may be there
+    expected: str,  # such as "a JSON file"
+    error: type[TopoqaError],  # the kind of error to raise
+) -> None:
+    "Raise for a directory, a pipe or a device."
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        found = "a directory" if path.is_dir() else "a pipe or a device"
+        raise error(path, expected, found, "check the path")
+
 # %% ../../nbs/0_ground/00_core.ipynb #00-048
 def read_json(
     path: str | Path,  # the file
@@ -278,8 +290,7 @@ def read_json(
     "Read a JSON file; missing, unreadable or malformed is one clear line."
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise error(path, "a JSON file", "a directory or a device", "move it away")
+        check_file(path, "a JSON file", error)
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(path, "a JSON file", "no such file", "check the path") from None

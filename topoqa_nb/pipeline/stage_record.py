@@ -12,9 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..ground import core
 from ..ground.core import RunError, TopoqaError, TrainingError, now, read_json, write_json
+from ..ground.files import as_written
+from ..ground.settings import wrong_value
 from ..runs.record import RunDirectory, read_record
 from ..runs.runs import read_metrics
 
@@ -26,14 +31,58 @@ def stage_file(
     "Where a stage says how it ended."
     return reports_dir / f"{stage}.json"
 
+# %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-100
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
 
+
+class _StageRun(_Part):
+    run_name: str
+    run_dir: str
+    status: str
+    score: float | None
+    checkpoint: str | None = None
+    parent_checkpoint: str | None = None
+
+
+class _StageJob(_Part):
+    name: str
+    run_name: str
+
+
+class _StageError(_Part):
+    kind: str
+    text: str
+
+
+class _StageFile(_Part):
+    "What is read of a stage file, whoever wrote it."
+
+    stage: Literal["sweep", "phase1", "phase2"]
+    status: Literal["running", "completed", "failed"]
+    seconds: float = 0.0
+    jobs: tuple[_StageJob, ...] = ()
+    runs: tuple[_StageRun, ...] = ()
+    best: _StageRun | None = None
+    error: _StageError | None = None
+
+# %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-101
 def read_stage(
     reports_dir: Path,  # of a pipeline
     stage: str,  # sweep, phase1 or phase2
 ) -> dict | None:  # None: it never began
     "What a stage has left. Raises `RunError` for a damaged file."
     file = stage_file(reports_dir, stage)
-    return read_json(file, RunError) if file.exists() else None
+    if not file.exists():
+        return None
+    record = read_json(file, RunError)
+    try:
+        _StageFile.model_validate(record)
+    except ValidationError as problem:
+        wrong, fix = wrong_value(problem), "restore the file, or start anew in another reports_dir"
+        where = ": ".join([str(file), ".".join(wrong.place)]).removesuffix(": ")
+        raise RunError(where, wrong.expected, as_written(wrong.found), fix) from None
+    return record
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-007
 def is_completed(
@@ -61,7 +110,11 @@ def restored_error(
     error = record.get("error", {"text": f"{record['status']}; its kernel was stopped"})
     fix = "start again with the same parameters and reports_dir to continue"
     kind = getattr(core, error.get("kind", ""), None)
-    if "where" in error:
+    if (
+        {"where", "expected", "found", "fix"} <= error.keys()
+        and isinstance(kind, type)
+        and issubclass(kind, TopoqaError)
+    ):
         return kind(error["where"], error["expected"], error["found"], error["fix"])
     return TrainingError(file, "a completed stage", error["text"], fix)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from ..data.batches import load_split
 from ..data.dataset import open_data
 from ..data.demo import is_demo
+from ..data.schema import resolve_schema
 from ..data.store import open_store
 from ..ground.config import config_differences, load_config
 from ..ground.core import RunError, TrainingError, now, read_json, write_json
@@ -352,7 +353,7 @@ def lineage_of(
 def evaluate_on_test(
     pipeline: Pipeline,  # names test labels, or none
     final: Mapping,  # record of the final run
-    predict: Callable = predict_split,  # (checkpoint, split) -> scores
+    predict: Callable = predict_split,  # (checkpoint, split, schema) -> scores
 ) -> dict | None:  # metrics and coverage; None without test labels
     "Metrics of the final model on the test labels."
     labels = pipeline.data.get("paths.test_labels")
@@ -365,7 +366,9 @@ def evaluate_on_test(
     paths = load_config(run.config_file, {"paths.trust_pickles": trust}).config.paths
     store = open_store(paths.graph, trust_pickles=paths.trust_pickles, store_dir=paths.store)
     split = load_split("test", labels, store, target_regex=paths.target_regex)
-    scores = predict(pipeline.run_root / final["checkpoint"], split)
+    beside = {"metadata_path": paths.metadata, "summary_path": paths.summary}  # what the run was told
+    schema = resolve_schema(paths.graph, models=split.names, store=store, **beside)
+    scores = predict(pipeline.run_root / final["checkpoint"], split, schema=schema)
     metrics = regression_metrics(scores, split.dockq.numpy(), split.targets)
     metrics = {name.removeprefix("val_"): value for name, value in metrics.items()}
     seen = seen_before(fine_tune_config(pipeline).paths).graphs  # before all that training is
@@ -374,7 +377,7 @@ def evaluate_on_test(
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-051
 def finish(
     pipeline: Pipeline,  # its stages have completed
-    predict: Callable = predict_split,  # (checkpoint, split) -> scores
+    predict: Callable = predict_split,  # (checkpoint, split, schema) -> scores
 ) -> dict:  # the content of pipeline_summary.json
     "Name the final model, evaluate it on the test labels if there are any, and write the summary."
     file = pipeline.reports_dir / "pipeline_summary.json"

@@ -21,7 +21,7 @@ import pandas as pd
 from pydantic import ValidationError
 
 from ..ground.config import LEGACY_KEYS, sectioned
-from ..ground.core import RunError, plain, read_json
+from ..ground.core import RunError, check_file, plain, read_json
 from ..ground.files import linked_name, read_yaml
 from ..ground.settings import SelectionConfig, wrong_value
 from .selection import BEST, METRICS, Candidate, judge, parse_checkpoint_name, rank
@@ -93,6 +93,7 @@ def read_table(
 ) -> pd.DataFrame:  # numbers, NaN for empty cells
     "A CSV file of numbers, whole. Raises `RunError` for a file that is cut off or damaged."
     try:
+        check_file(path, "a CSV file of numbers", RunError)
         text = Path(path).read_text(encoding="utf-8")
         _check_uncut(path, text.splitlines(keepends=True))
         cells = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)

@@ -233,10 +233,10 @@ def list_runs(
 ) -> list[RunDirectory]:  # sorted by name; none when the root does not exist yet
     "All runs of a run root, archived ones included."
     folders = [entry for place in (Path(root), Path(root) / "history") for entry in _entries(place)]
-    runs = [
-        RunDirectory(entry) for entry in folders if not entry.name.startswith(".") and not entry.is_symlink()
-    ]
-    return sorted((run for run in runs if _is_run(run)), key=lambda run: run.name)
+    places = [entry for entry in folders if not entry.name.startswith(".") and not entry.is_symlink()]
+    runs = [run for run in map(RunDirectory, places) if _is_run(run)]
+    names = {run.name for run in runs}
+    return sorted((run for run in runs if not _is_copied_latest(run, names)), key=lambda run: run.name)
 
 
 def _is_run(run: RunDirectory) -> bool:
@@ -244,6 +244,14 @@ def _is_run(run: RunDirectory) -> bool:
         return run.exists
     except PermissionError:  # perhaps it is one; whoever reads it will say what is wrong
         return True
+
+
+def _is_copied_latest(run: RunDirectory, names: set[str]) -> bool:
+    "Is this the link `latest` of a root whose copy followed links, and is its run there too?"
+    try:
+        return run.name == "latest" and read_record(run).written.get("run_name") in names - {"latest"}
+    except RunError:
+        return False
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -296,7 +304,7 @@ def find_run(
         fix = "give the folder of a run, not a folder inside or above it"
         raise RunError(found[0], "a run directory", "a folder without run_metadata.json", fix)
     near = nearest(str(run_id), [run.name for run in list_runs(root)])
-    fix = f"did you mean {near}?" if near else "list the runs with: topoqa leaderboard --root DIR"
+    fix = f"did you mean {near}?" if near else "list the runs with: topoqa leaderboard --run-root DIR"
     raise RunError(root, f"a run called {run_id}", "no such run", fix)
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-043
@@ -306,7 +314,7 @@ def _check_archivable(root: Path, run: RunDirectory) -> None:
         raise RunError(run.path, "a run outside history/", "a run that is archived", "leave it out")
     if run.path.parent != root:
         raise RunError(
-            run.path, f"a run of the run root {root}", "a run elsewhere", "name its run root with --root"
+            run.path, f"a run of the run root {root}", "a run elsewhere", "name its run root with --run-root"
         )
     if os.path.lexists(root / "history" / run.name):
         raise RunError(

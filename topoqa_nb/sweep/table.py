@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ..ground.console import is_shown
 from ..ground.core import TopoqaError
 from ..runs.progress import progress
 from ..runs.record import RunDirectory, read_record
@@ -143,10 +144,15 @@ def listeners() -> tuple[Callable[[str], object], Watch]:
     "`say` and `watch` for standard output: lines, and in a terminal the table."
     console = Console(highlight=False)
     if not sys.stdout.isatty() or console.is_dumb_terminal:
-        return print, UNWATCHED
+        return _tell, UNWATCHED
 
     def say(line: str) -> None:
         if " | Epoch " not in line:
             console.print(Text(line), soft_wrap=True)
 
     return say, job_table(console)
+
+
+def _tell(line: str) -> None:
+    if is_shown(line):
+        print(line)

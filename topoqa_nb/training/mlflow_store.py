@@ -149,6 +149,25 @@ def _database_port(uri: str) -> int | None:
     usual = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}.get(re.split(r"[+:]", uri)[0])
     return usual and (urlsplit(uri).port or usual)
 
+# %% ../../nbs/4_training/43_mlflow_store.ipynb #43-600
+_TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # its UI shows runs, and not conversations
+
+
+def _experiment(client: Any, name: str, database: Path | None) -> str:
+    "The id of an experiment; two processes that both make it get the same one."
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = (database.parent / "artifacts").as_uri() if database else None
+        try:
+            return client.create_experiment(name, location, _TRAINING)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)
+            if found is None:
+                raise
+    return found.experiment_id
+
 # %% ../../nbs/4_training/43_mlflow_store.ipynb #43-027
 @dataclass(frozen=True)
 class MlflowStore:
@@ -173,22 +192,6 @@ def open_mlflow_store(
         ping(uri)
         client = MlflowClient(uri)
         return MlflowStore(client, uri, _experiment(client, config.experiment, database))
-
-
-def _experiment(client: Any, name: str, database: Path | None) -> str:
-    "The id of an experiment; two processes that both make it get the same one."
-    from mlflow.exceptions import MlflowException
-
-    found = client.get_experiment_by_name(name)
-    if found is None:
-        location = (database.parent / "artifacts").as_uri() if database else None
-        try:
-            return client.create_experiment(name, artifact_location=location)
-        except MlflowException:
-            found = client.get_experiment_by_name(name)
-            if found is None:
-                raise
-    return found.experiment_id
 
 # %% ../../nbs/4_training/43_mlflow_store.ipynb #43-030
 BRIEF = {  # used unless the environment says otherwise
