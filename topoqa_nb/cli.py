@@ -28,6 +28,7 @@ from .ground.config import dump_config, load_config
 from .ground.core import ConfigError, to_json
 from .ground.files import find_file
 from .ground.machine import fast_import
+from .ground.settings import PrimaryMetric
 from .sweep.processes import PRELOADED, ForkServer
 
 # %% ../nbs/99_cli.ipynb #99-006
@@ -259,6 +260,10 @@ def leaderboard_command(
     root: Annotated[Path, typer.Option(help="Run root.")] = RUN_ROOT,
     limit: Annotated[int, typer.Option(min=1, help="Rows of each metric.")] = 5,
     format: Annotated[Literal["table", "json", "csv"], typer.Option(help="Form of the output.")] = "table",
+    metric: Annotated[
+        PrimaryMetric | None,
+        typer.Option(help="Ranks the best checkpoints of all runs; else each by its own."),
+    ] = None,
     by_config: Annotated[
         bool, typer.Option("--by-config", help="Mean and standard deviation over seeds.")
     ] = False,
@@ -267,9 +272,9 @@ def leaderboard_command(
     from topoqa_nb.runs import leaderboard as board
 
     if by_config:
-        board.print_rows(board.by_config(board.leaderboard(root), limit=limit), format)
+        board.print_rows(board.by_config(board.leaderboard(root, metric=metric), limit=limit), format)
     else:
-        board.print_rows(board.leaderboard(root, limit=limit), format)
+        board.print_rows(board.leaderboard(root, limit, metric), format)
 
 # %% ../nbs/99_cli.ipynb #99-121
 @app.command("monitor")

@@ -30,8 +30,8 @@ from topoqa_nb.ground.core import (
 )
 from .progress import left_text, progress
 from .record import RunDirectory, RunRecord, Runtime, read_record
-from .runs import list_runs, read_metrics
-from .selection import best_checkpoint
+from .runs import best_scores, judged_by, list_runs, read_metrics
+from .selection import as_loss, best_checkpoint, direction, other_metric
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-008
 def best_file(
@@ -168,26 +168,35 @@ def ranked_rows(
 
 def _order(row: Mapping[str, object]) -> tuple:
     loss = row["val_loss"]
-    return row["score"], math.inf if loss is None else loss, row["run_name"]
+    score = as_loss(row["score"], row["metric"])
+    return score, math.inf if loss is None else loss, row["run_name"]
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-029
+_REPORTED = ("val_pearson_corr", "val_target_spearman", "val_ranking_loss")  # of the best checkpoint
+
+
 def leaderboard(
     root: str | Path,  # the run root
     limit: int | None = None,  # rows of each metric, > 0; None: all
+    metric: str | None = None,  # one of `METRICS` that ranks them all; None: each by its own
 ) -> list[dict[str, object]]:  # plain types, ready for JSON
-    "Runs by best score. Raises `RunError` when the run root does not exist."
+    "Runs by best score. Raises `RunError` when the run root does not exist, `ConfigError` for no metric."
     if not Path(root).is_dir():
         fix = "check the path of the run root"
         raise RunError(root, "the folder that holds the runs", "no such directory", fix)
+    if metric:
+        other_metric(metric)  # a name that is none is refused
     rows, unreadable = [], []
     for run in list_runs(root):
         try:
-            record = read_record(run)
-            read_metrics(run)  # a half-written file makes the run unreadable
-            rows.append(leaderboard_row(record, run) | progress(run, record))
+            record, metrics = read_record(run), read_metrics(run)  # a half-written one is unreadable
+            scores = best_scores(record, metrics)
+            shown = judged_by(record, metrics, metric) if metric else record
+            rows.append(leaderboard_row(shown, run) | {name: scores[name] for name in _REPORTED})
+            rows[-1] |= progress(run, record)
         except (TopoqaError, OSError) as problem:
             told = {"status": "unreadable", "metric": None, "reason": str(resource_error(problem) or problem)}
-            unreadable.append({**leaderboard_row(RunRecord(), run), **told})
+            unreadable.append({**leaderboard_row(RunRecord(), run), **dict.fromkeys(_REPORTED), **told})
     return plain(ranked_rows(rows, limit) + unreadable)
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-036
@@ -241,7 +250,7 @@ def _run_cells(
     notes = [row["status"], process, "archived" if row["archived"] else None]
     epochs = None if row["epochs_done"] is None else f"{row['epochs_done']} of {row['epochs']}"
     facts = {"rank": row["rank"], "run": row["run_name"], "status": ", ".join(filter(None, notes))}
-    names = ("score", "epoch", "val_loss", "val_spearman", "mode")
+    names = ("score", "epoch", "val_loss", "val_spearman", *_REPORTED, "mode")
     last = {"epochs": epochs, "left": left_text(row), "reason": row["reason"]}
     return facts | {name: row[name] for name in names} | last
 
@@ -273,7 +282,7 @@ def _print_tables(
     cells = _config_cells if rows and "seeds" in rows[0] else _run_cells
     metrics = dict.fromkeys(row["metric"] for row in rows if row["rank"] is not None)
     groups = {
-        f"ranked by {name}, lower is better": [row for row in rows if row["rank"] and row["metric"] == name]
+        f"ranked by {name}, {direction(name)}": [row for row in rows if row["rank"] and row["metric"] == name]
         for name in metrics
     }
     groups["not ranked"] = [row for row in rows if row["rank"] is None]

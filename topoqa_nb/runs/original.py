@@ -22,7 +22,7 @@ import pandas as pd
 from ..ground.config import LEGACY_KEYS, sectioned
 from ..ground.core import RunError, plain, read_json
 from ..ground.files import linked_name, read_yaml
-from .selection import BEST, METRICS, Candidate, SelectionRule, parse_checkpoint_name, rank
+from .selection import BEST, Candidate, SelectionRule, parse_checkpoint_name, rank
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-008
 _ORIGINAL_NAMES = {
@@ -190,7 +190,7 @@ def original_rule(
 ) -> SelectionRule:
     "How an old run judged its epochs."
     primary = stated.get("primary_metric")
-    if primary not in METRICS:
+    if primary not in ("selection_metric", "val_loss"):  # the two that it knew
         use = "sel-" in "".join(filenames) if filenames else stated.get("use_val_spearman", True)
         primary = "selection_metric" if use else "val_loss"
     names = ("use_val_spearman", "spearman_min_delta", "spearman_weight")
