@@ -261,7 +261,8 @@ def _config_cells(
     "What the leaderboard shows of a group of seeds."
     names = {"rank": "rank", "config": "config", "score": "mean", "sd": "sd", "val_loss": "val_loss"}
     last = {"val_spearman": "val_spearman", "seeds": "seeds", "run_name": "best run"}
-    return {shown: row[name] for name, shown in (names | last).items()}
+    told = {"verdict": row["verdict"]} if "verdict" in row else {}
+    return {shown: row[name] for name, shown in (names | last).items()} | told
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-043
 def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
