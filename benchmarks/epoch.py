@@ -29,7 +29,7 @@ from original import Clock, fit
 from topoqa_nb.ground.config import LoadedConfig, load_config
 from topoqa_nb.network.kernels import find_numba
 from topoqa_nb.runs.runs import read_metrics
-from topoqa_nb.training import training
+from topoqa_nb.training.training import train
 
 TOLERANCE = 1e-6  # of the metrics
 COMPARED = ["train_loss", "val_loss", "val_pearson_corr", "val_spearman_corr"]
@@ -49,10 +49,9 @@ def ours(kernel: str) -> Side:
     "Training with a kernel, as `topoqa run` does it."
 
     def run(loaded: LoadedConfig, folder: Path) -> Outcome:
-        clock, make_callbacks = Clock(), training.make_callbacks
-        timed = patch.object(training, "make_callbacks", lambda *given: [clock, *make_callbacks(*given)])
-        with timed, patch.dict(os.environ, TOPOQA_KERNEL=kernel), quiet():
-            done = training.train(loaded, run_name=folder.name)
+        clock = Clock()
+        with patch.dict(os.environ, TOPOQA_KERNEL=kernel), quiet():
+            done = train(loaded, run_name=folder.name, callbacks=[clock])
         return read_metrics(done)[COMPARED].to_dict("records"), clock.epochs
 
     return run

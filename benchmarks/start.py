@@ -35,7 +35,7 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
 
         from topoqa_nb.data import dataset
         from topoqa_nb.ground.config import load_config
-        from topoqa_nb.training import training
+        from topoqa_nb.training.training import train
 
     class Done(Callback):
         def on_train_batch_end(self, *_: object) -> None:
@@ -51,11 +51,9 @@ def first_step(side: str, data: Path, scratch: Path, started: float) -> None:
             from original import fit
 
             fit(data, loaded.config, scratch / "original", Done())
-        make_callbacks = training.make_callbacks
         watched = {name: timed(getattr(dataset, name), parts) for name in ("open_store", "resolve_schema")}
-        with_done = patch.object(training, "make_callbacks", lambda *given: [*make_callbacks(*given), Done()])
-        with patch.multiple(dataset, **watched), with_done:
-            training.train(loaded)
+        with patch.multiple(dataset, **watched):
+            train(loaded, callbacks=[Done()])
 
 
 def measure_start(side: str, data: Path, scratch: Path) -> list[float]:

@@ -22,18 +22,18 @@ from topoqa_nb.runs import monitor as page
 from topoqa_nb.runs.monitor import change_line, monitor, snapshot, snapshots, view
 from topoqa_nb.runs.progress import left_text
 from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
-from topoqa_nb.runs.runs import METRIC_COLUMNS, append_metrics, create_run, read_metrics
+from topoqa_nb.runs.runs import METRIC_COLUMNS, create_run, invent_epoch, read_metrics
 from topoqa_nb.runs.selection import candidate, update_links
 
 TRAINER = """
 import sys, time
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.runs.record import update_metadata
-from topoqa_nb.runs.runs import append_metrics, create_run
+from topoqa_nb.runs.runs import invent_epoch, create_run
 loaded = load_config(None, [f"paths.save_dir={sys.argv[1]}", "num_epochs=500"])
 run = create_run(sys.argv[1], "live", loaded, loaded.config)
 for epoch in range(int(sys.argv[2])):
-    append_metrics(run, {"epoch": epoch, "step": epoch, "val_loss": 0.1, "selection_metric": -0.1 * epoch})
+    invent_epoch(run, {"epoch": epoch, "step": epoch, "val_loss": 0.1, "selection_metric": -0.1 * epoch})
     update_metadata(run, progress={"epoch": epoch}, runtime={"epoch_seconds": [60.0] * (epoch + 1)})
     time.sleep(0.2)
 if sys.argv[3] == "completes":
@@ -68,7 +68,7 @@ def new_run(root, name, *overrides):
 def epochs(run, *losses, seconds=60.0):
     for loss in losses:
         epoch = len(read_metrics(run))
-        append_metrics(run, {"epoch": epoch, "step": epoch, "val_loss": loss, "selection_metric": loss - 0.5})
+        invent_epoch(run, {"epoch": epoch, "step": epoch, "val_loss": loss, "selection_metric": loss - 0.5})
         update_metadata(run, progress={"epoch": epoch}, runtime={"epoch_seconds": [seconds] * (epoch + 1)})
 
 

@@ -22,12 +22,12 @@ from topoqa_nb.runs.leaderboard import best_file, leaderboard, summarise
 from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record, update_metadata
 from topoqa_nb.runs.runs import (
     METRIC_COLUMNS,
-    append_metrics,
     best_epoch,
     check_run_name,
     create_run,
     default_run_name,
     find_run,
+    invent_epoch,
     list_runs,
     read_metrics,
     update_best,
@@ -65,7 +65,7 @@ def row(epoch, val_loss=0.06, spearman=0.5, **changes):
 def finished(root, loaded, name, *scores, status="completed", **sections):
     run = create_run(root, name, loaded, loaded.config, command=["topoqa", "run"])
     for epoch, spearman in enumerate(scores):
-        append_metrics(run, row(epoch, spearman=spearman))
+        invent_epoch(run, row(epoch, spearman=spearman))
     update_metadata(run, status=status, **sections)
     return run
 
@@ -243,7 +243,7 @@ def test_metrics_are_read_back_bit_by_bit(root, loaded):
     run = create_run(root, "a", loaded, loaded.config)
     values = [0.1 + 0.2, 1e-17, 5e-324, -0.0, 1 / 3]
     for epoch, value in enumerate(values):
-        append_metrics(
+        invent_epoch(
             run, row(epoch, train_loss=value, val_ranking_loss=None, val_target_spearman=float("nan"))
         )
     table = read_metrics(run)
@@ -259,9 +259,9 @@ def test_an_epoch_is_written_once(root, loaded):
     before = run.metrics_file.read_bytes()
     for epoch in (0, 1):
         with pytest.raises(RunError, match="an epoch after 1"):
-            append_metrics(run, row(epoch))
+            invent_epoch(run, row(epoch))
     with pytest.raises(RunError, match="did you mean val_loss"):
-        append_metrics(run, row(2, val_lss=1))
+        invent_epoch(run, row(2, val_lss=1))
     assert run.metrics_file.read_bytes() == before
 
 
@@ -388,7 +388,7 @@ def test_summary_of_a_run_in_any_state(root, loaded, status):
         None,
     )
     assert best_file(run, read_record(run)) is None
-    append_metrics(run, row(0, spearman=0.5))
+    invent_epoch(run, row(0, spearman=0.5))
     best = candidate(-0.44, 0.06, 0)
     write_text(run.checkpoints / best.filename, "weights")
     update_links(run.checkpoints, [best], None, "selection_metric")

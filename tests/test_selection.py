@@ -10,13 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from topoqa_nb.ground.core import CheckpointError, ConfigError, RunError
+from topoqa_nb.ground.settings import SelectionConfig
 from topoqa_nb.runs.selection import (
     METRICS,
     Candidate,
-    SelectionRule,
     best_checkpoint,
     candidate,
     checkpoint_name,
+    describe_rule,
+    judge,
     kept,
     parse_checkpoint_name,
     rank,
@@ -41,35 +43,33 @@ def save(directory: Path, *items: Candidate) -> None:
 
 
 def test_the_formula():
-    rule = SelectionRule(spearman_min_delta=0.1, spearman_weight=2.0)
-    assert rule.metric(0.06, 0.6) == pytest.approx(0.06 - 2.0 * 0.5)
-    assert rule.metric(0.06, 0.1) == rule.metric(0.06, -1.0) == 0.06
+    rule = SelectionConfig(spearman_min_delta=0.1, spearman_weight=2.0)
+    assert judge(rule, 0.06, 0.6) == pytest.approx(0.06 - 2.0 * 0.5)
+    assert judge(rule, 0.06, 0.1) == judge(rule, 0.06, -1.0) == 0.06
 
 
 def test_switched_off_it_is_the_loss():
-    rule = SelectionRule(use_val_spearman=False, spearman_weight=5.0)
-    assert rule.metric(0.06, 0.99) == 0.06
+    assert judge(SelectionConfig(use_val_spearman=False, spearman_weight=5.0), 0.06, 0.99) == 0.06
 
 
 def test_an_undefined_correlation_earns_nothing():
-    assert SelectionRule().metric(0.06, math.nan) == 0.06
+    assert judge(SelectionConfig(), 0.06, math.nan) == 0.06
 
 
 def test_a_loss_that_is_not_finite_stays_visible():
-    assert math.isnan(SelectionRule().metric(math.nan, 0.5))
+    assert math.isnan(judge(SelectionConfig(), math.nan, 0.5))
 
 
 def test_the_description_tells_weight_delta_and_state():
-    on = SelectionRule(spearman_weight=0.7, spearman_min_delta=0.05).describe()
+    on = describe_rule(SelectionConfig(spearman_weight=0.7, spearman_min_delta=0.05))
     assert "on" in on and "weight 0.7" in on and "min delta 0.05" in on and "selection_metric" in on
-    off = SelectionRule(use_val_spearman=False, primary_metric="val_loss").describe()
+    off = describe_rule(SelectionConfig(use_val_spearman=False, primary_metric="val_loss"))
     assert "off" in off and "ranked by val_loss" in off
 
 
-@in_turn("call", [lambda name: SelectionRule(primary_metric=name), lambda name: rank([], name)])
-def test_an_unknown_metric_is_refused(call):
+def test_an_unknown_metric_is_refused():
     with pytest.raises(ConfigError, match="selection.primary_metric.*found val_spearman"):
-        call("val_spearman")
+        rank([], "val_spearman")
 
 
 # Names.

@@ -43,16 +43,6 @@ from topoqa_nb.sweep.processes import PRELOADED, ForkServer
 from topoqa_nb.sweep.sweep import SweepInterrupted, completed_before, run_jobs
 from topoqa_nb.sweep.table import run_figures
 
-# What a sweep expects of a training's process, without a training.
-STAND_IN = """
-import json, os, signal, subprocess, sys, time
-from pathlib import Path
-run, script = Path(sys.argv[1]), sys.argv[2]
-def say(status, **more):
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "run_metadata.json").write_text(json.dumps({"status": status} | more))
-exec(script)
-"""
 COMPLETES = "say('completed', selection={'best_score': -0.5}, checkpoints={'best': 'a.chkpt'})"
 
 
@@ -63,9 +53,17 @@ def stand_in(*scripts: str):
     def command(job: Job) -> list[str]:
         started.append(job.name)
         script = scripts[min(len(started), len(scripts)) - 1]
-        return ["-c", STAND_IN, str(job.run.path), script]
+        return ["-m", "stand_in", str(job.run.path), script]
 
     return command
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins() -> Iterator[None]:
+    "Every process finds the stand-in."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture

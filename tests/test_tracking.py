@@ -21,7 +21,7 @@ from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import ConfigError, write_json, write_text
 from topoqa_nb.ground.settings import MlflowConfig
 from topoqa_nb.runs.record import RunDirectory, read_metadata, update_metadata
-from topoqa_nb.runs.runs import METRIC_COLUMNS, append_metrics, create_run, read_metrics
+from topoqa_nb.runs.runs import METRIC_COLUMNS, create_run, invent_epoch, read_metrics
 from topoqa_nb.runs.selection import candidate, update_links
 from topoqa_nb.training import mlflow_store, tracking
 from topoqa_nb.training.mlflow_run import PARENT_VARIABLE
@@ -83,7 +83,7 @@ def new_run(folder: Path, uri: object, name: str = "run", **changes: object) -> 
 def write_epoch(run: RunDirectory, epoch: int, loss: float) -> None:
     best = candidate(loss - 0.7 if loss == loss else 9.0, loss if loss == loss else 9.0, epoch)
     row = dict.fromkeys(METRIC_COLUMNS, 0.5) | {"epoch": epoch, "step": epoch + 1, "val_loss": loss}
-    append_metrics(run, row | {"selection_metric": loss - 0.7, "val_ranking_loss": None})
+    invent_epoch(run, row | {"selection_metric": loss - 0.7, "val_ranking_loss": None})
     write_text(run.checkpoints / best.filename, f"weights of epoch {epoch}")
     update_links(run.checkpoints, [best])
     update_metadata(run, checkpoints={"ranked": [best.filename]})

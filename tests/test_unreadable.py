@@ -12,7 +12,7 @@ from topoqa_nb.cli import main
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import write_json
 from topoqa_nb.runs.record import read_metadata, update_metadata
-from topoqa_nb.runs.runs import METRIC_COLUMNS, append_metrics, create_run
+from topoqa_nb.runs.runs import METRIC_COLUMNS, create_run, invent_epoch
 
 SCALARS = {
     "a list": [],
@@ -49,7 +49,7 @@ RIGHT |= {"texts": ["a list", "full"], "section": ["a mapping"]}
 def make_run(root: Path, name: str, loss: float = 0.1) -> Path:
     loaded = load_config(None, [f"paths.save_dir={root}"])
     run = create_run(root, name, loaded, loaded.config, command=["topoqa", "run"])
-    append_metrics(run, dict.fromkeys(METRIC_COLUMNS, 0) | {"val_loss": loss, "selection_metric": loss})
+    invent_epoch(run, dict.fromkeys(METRIC_COLUMNS, 0) | {"val_loss": loss, "selection_metric": loss})
     update_metadata(run, status="completed", progress={"epoch": 0}, runtime={"seconds": 1.0})
     return run.path
 

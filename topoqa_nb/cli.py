@@ -20,6 +20,7 @@ import typer
 
 from topoqa_nb import (  # noqa: F401  they register their commands
     answer_commands,
+    build_commands,
     evaluation_commands,
     pipeline_commands,
 )
@@ -238,7 +239,10 @@ def batch_command(
             from topoqa_nb.sweep.manifest import describe_job, load_manifest, plan_jobs
 
         content = load_manifest(manifest)
-        planned = plan_jobs(content, overrides=override, output_root=output_root, limit=limit)
+        stamp = "<start-time>" if dry_run else None
+        planned = plan_jobs(
+            content, overrides=override, output_root=output_root, limit=limit, timestamp=stamp
+        )
         if dry_run:
             print("\n".join(describe_job(job) for job in planned))
             return 0
@@ -258,23 +262,32 @@ def summarise_command(run_id: RunId = None, run_dir: RunDir = None, root: Root =
 @app.command("leaderboard")
 def leaderboard_command(
     root: Annotated[Path, typer.Option(help="Run root.")] = RUN_ROOT,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of each metric.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of each group.")] = 5,
     format: Annotated[Literal["table", "json", "csv"], typer.Option(help="Form of the output.")] = "table",
     metric: Annotated[
         PrimaryMetric | None,
         typer.Option(help="Ranks the best checkpoints of all runs; else each by its own."),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also runs that cannot be compared with these, group by group.")
+    ] = False,
     by_config: Annotated[
         bool, typer.Option("--by-config", help="Mean and standard deviation over seeds.")
     ] = False,
 ) -> None:
-    "Rank runs, or settings over their seeds, by their best score."
+    "Rank runs, or settings over their seeds, by their best score, as far as they may be compared."
     from topoqa_nb.runs import leaderboard as board
+    from topoqa_nb.runs.noise import with_verdicts
 
+    rows_of_group = None if by_config else limit
+    chosen = (board.leaderboard(root, rows_of_group, metric), None) if everything else None
+    rows, left_out = chosen or board.comparable(root, rows_of_group, metric)
+    lines = [left_out] if left_out else []
     if by_config:
-        board.print_rows(board.by_config(board.leaderboard(root, metric=metric), limit=limit), format)
-    else:
-        board.print_rows(board.leaderboard(root, limit, metric), format)
+        marked, floors = with_verdicts(board.by_config(rows))
+        rows, lines = board.ranked_rows(marked, limit), [*floors * (format == "table"), *lines]
+    board.print_rows(rows, format)
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stdout if format == "table" else sys.stderr)
 
 # %% ../nbs/99_cli.ipynb #99-121
 @app.command("monitor")
@@ -310,6 +323,7 @@ def archive_command(
 
 # %% ../nbs/99_cli.ipynb #99-126
 ORDER = (
+    *("build", "label", "dockq"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
     *("predict", "evaluate", "compare", "split", "cross-validate", "export"),

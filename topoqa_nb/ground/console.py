@@ -128,6 +128,7 @@ _LASTING = (
     "ramdisk",
     "predict",
     "export",
+    "build",
 )  # go on when nobody reads along
 
 

@@ -264,7 +264,7 @@ class LoggingConfig(Section):
     "What the console and the log show."
 
     progress_bar_refresh_rate: Integer = Field(0, ge=0)  # batches; 0 = no bar
-    log_every_n_steps: Integer = Field(100, ge=1)  # optimizer steps
+    log_every_n_steps: Integer = Field(100, ge=1)  # no effect: once an epoch
     log_lr: Flag = False  # the learning rate in the summary line of an epoch
 
 

@@ -17,7 +17,6 @@ import nbconvert
 import papermill
 from IPython import get_ipython
 
-from ..ground.config import load_config
 from topoqa_nb.ground.core import (
     CheckpointError,
     ConfigError,
@@ -38,9 +37,10 @@ from topoqa_nb.pipeline.parameters import (
 )
 from .plan import STAGES, Pipeline, claim_reports, hold_reports, settle
 from .stage_record import is_completed, read_stage, restored_error, stage_file
-from ..runs.leaderboard import best_file, leaderboard
+from ..runs.leaderboard import best_file, comparable
 from ..runs.record import RunDirectory, read_record
 from ..runs.runs import find_run
+from ..training.validation import parent_data
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-005
 def injected_names(
@@ -155,7 +155,10 @@ def _run_to_tune(root: Path, checkpoint: Path | None, run_dir: Path | None) -> R
     if checkpoint:
         run = RunDirectory.of_checkpoint(checkpoint.resolve())
         return run if run.exists else None
-    ranked = [row for row in leaderboard(root) if row["status"] == "completed" and row["score"] is not None]
+    rows, left_out = comparable(root)
+    ranked = [row for row in rows if row["status"] == "completed" and row["score"] is not None]
+    if left_out:
+        print(left_out, file=sys.stderr)
     if not ranked:
         raise RunError(root, "a completed run", "none", "run a sweep first, or name a checkpoint")
     return find_run(root, ranked[0]["run_name"])
@@ -174,12 +177,7 @@ def fine_tune_values(
         raise CheckpointError(run.checkpoints, "a best checkpoint", "none", "name one with --checkpoint")
     data = {}
     if not values.get("graph_dir"):
-        if run is None or run.is_original:
-            found = f"none, and {start} lies in no run that names them"
-            raise ConfigError(
-                "graph_dir", "the graphs to fine-tune on", found, "name them with -p graph_dir DIR"
-            )
-        paths = load_config(run.config_file).config.paths
-        names = {"graph_dir": paths.graph, "train_labels": paths.train_labels, "val_labels": paths.val_labels}
-        data = {name: str(path) for name, path in names.items()}
+        found = parent_data(start)
+        names = {"graph_dir": "graph", "train_labels": "train_labels", "val_labels": "val_labels"}
+        data = {name: str(found[key]) for name, key in names.items()}
     return data | {"skip_sweep": True, "resume_from": str(start)} | dict(values)

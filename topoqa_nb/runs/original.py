@@ -18,11 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from pydantic import ValidationError
 
 from ..ground.config import LEGACY_KEYS, sectioned
 from ..ground.core import RunError, plain, read_json
 from ..ground.files import linked_name, read_yaml
-from .selection import BEST, Candidate, SelectionRule, parse_checkpoint_name, rank
+from ..ground.settings import SelectionConfig, wrong_value
+from .selection import BEST, Candidate, judge, parse_checkpoint_name, rank
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-008
 _ORIGINAL_NAMES = {
@@ -114,7 +116,7 @@ def joined_epochs(
     tables: Iterable[pd.DataFrame],  # from `read_table`, earliest first
 ) -> pd.DataFrame:  # one row an epoch, our column names
     "The rows of all starts of a run, one for each validated epoch."
-    tables = [_renamed(table) for table in tables]
+    tables = [_trained_rows(_renamed(table)) for table in tables]
     rows = pd.concat([pd.DataFrame(columns=["epoch", "val_loss"], dtype=float), *tables])
     rows = rows.groupby("epoch", as_index=False).last()  # the last value that is not empty
     rows = rows[rows.val_loss.notna()].reset_index(drop=True)
@@ -124,6 +126,16 @@ def joined_epochs(
 def _renamed(table: pd.DataFrame) -> pd.DataFrame:
     names = {theirs: ours for theirs, ours in _ORIGINAL_NAMES["metrics.csv"].items() if ours not in table}
     return table.rename(columns=names)
+
+
+def _trained_rows(table: pd.DataFrame) -> pd.DataFrame:
+    "Without validations of an epoch that was not trained again in between: an average of the weights, for one."
+    if not {"train_loss", "val_loss"} <= set(table):
+        return table
+    trained = table.train_loss.notna().groupby(table.epoch).transform("sum")
+    validated = table.val_loss.notna()
+    count = validated.groupby(table.epoch).cumsum()
+    return table[~(validated & (count > trained.clip(lower=1)))]
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-101
 def trained_epochs(
@@ -185,25 +197,34 @@ def _stands_in_section(content: Mapping[str, object], name: str) -> bool:
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-031
 def original_rule(
+    path: str | Path,  # the run directory, for the error
     stated: Mapping[str, object],  # section `selection` of the metadata or of the configuration
     filenames: Sequence[str],  # of the checkpoints
-) -> SelectionRule:
-    "How an old run judged its epochs."
+) -> SelectionConfig:
+    "How an old run judged its epochs. Raises `RunError` for a value that judges nothing."
     primary = stated.get("primary_metric")
     if primary not in ("selection_metric", "val_loss"):  # the two that it knew
         use = "sel-" in "".join(filenames) if filenames else stated.get("use_val_spearman", True)
         primary = "selection_metric" if use else "val_loss"
     names = ("use_val_spearman", "spearman_min_delta", "spearman_weight")
-    return SelectionRule(primary, **{name: stated[name] for name in names if stated.get(name) is not None})
+    given = {name: stated[name] for name in names if stated.get(name) is not None}
+    try:
+        return SelectionConfig(primary_metric=primary, **given)
+    except ValidationError as problem:
+        wrong = wrong_value(problem)
+        where = f"{path}: selection.{'.'.join(wrong.place)}"
+        raise RunError(
+            where, wrong.expected, repr(wrong.found), "correct it in the file of the run"
+        ) from None
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-034
 def with_selection_metric(
     metrics: pd.DataFrame,  # from `joined_epochs`
-    rule: SelectionRule,
+    rule: SelectionConfig,
 ) -> pd.DataFrame:
     "The same rows with the selection metric of each epoch."
     correlation = metrics.get("val_spearman_corr", pd.Series(math.nan, metrics.index))
-    values = [rule.metric(*pair) for pair in zip(metrics.val_loss, correlation, strict=True)]
+    values = [judge(rule, *pair) for pair in zip(metrics.val_loss, correlation, strict=True)]
     return metrics.assign(
         val_spearman_corr=correlation, selection_metric=pd.Series(values, metrics.index, dtype=float)
     )
@@ -312,12 +333,12 @@ def adopt(
     asked = asked if isinstance(asked, int) else None
     metrics = trained_epochs(metrics, asked, found.get("completed") is not None)
     names = [file.name for file in (path / _CHECKPOINTS).glob("*.c*kpt")]
-    rule = original_rule(_value(found, "selection") or _value(settings, "selection") or {}, names)
+    rule = original_rule(path, _value(found, "selection") or _value(settings, "selection") or {}, names)
     metrics = with_selection_metric(metrics, rule)
     ranked = ranked_checkpoints(path, metrics, rule.primary_metric)
     best = original_best(metrics, ranked, rule.primary_metric)
     metadata = adopted_metadata(path.name, found, settings) | {
-        "selection": vars(rule) | best,
+        "selection": rule.model_dump() | best,
         "checkpoints": {
             "best": ranked[0].filename if ranked else None,
             "ranked": [c.filename for c in ranked],

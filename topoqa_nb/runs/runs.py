@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRIC_COLUMNS', 'check_run_name', 'default_run_name', 'create_run', 'read_metrics', 'best_epoch', 'best_row',
-           'best_scores', 'judged_by', 'update_best', 'with_row', 'append_metrics', 'list_runs', 'find_run', 'archive']
+           'best_scores', 'judged_by', 'update_best', 'with_row', 'invent_epoch', 'list_runs', 'find_run', 'archive']
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-003
 import math
@@ -250,11 +250,11 @@ def _cell(value: float | None) -> str:
     return "" if value is None else repr(value)
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-102
-def append_metrics(
+def invent_epoch(
     run: RunDirectory,
     row: Mapping[str, float | None],  # values by column; what is missing stays empty
 ) -> None:
-    "Add an epoch and bring the best one up to date. Raises `RunError` for an epoch that is there."
+    "For pages and tests: a row and the best epoch so far, as a training leaves them. Raises `RunError` as `with_row`."
     read_metrics(run)  # what is damaged is not continued
     text = run.metrics_file.read_text(encoding="utf-8") if run.metrics_file.exists() else ""
     write_text(run.metrics_file, with_row(text, row, run.metrics_file))

@@ -29,16 +29,12 @@ from ..ground.signals import stop_with_parent
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-100
 def interpret(
-    arguments: Sequence[str],  # of Python: -m module ..., or -c code ...
+    arguments: Sequence[str],  # of Python: -m, a module, and what it is told
 ) -> None:
-    "Run a module or a piece of code as the main program."
-    option, program, *rest = arguments
-    sys.argv = [option, *rest]
-    if option == "-m":
-        sys.path[0] = str(Path.cwd())
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-    else:
-        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
+    "Run a module as the main program."
+    _, module, *told = arguments
+    sys.argv, sys.path[0] = [module, *told], str(Path.cwd())
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-006
 def become(
@@ -345,7 +341,7 @@ class ForkServer(contextlib.AbstractContextManager):
 
     def start(
         self,
-        arguments: Sequence[str],  # of Python: -m module ..., or -c code ...
+        arguments: Sequence[str],  # of Python: -m, a module, and what it is told
         environment: Mapping[str, str],  # all of it
         output: Path,  # for standard output; emptied
         errors: Path,  # for standard error; emptied

@@ -27,7 +27,7 @@ from ..ground.settings import Config, SchedulerConfig, TrainerConfig
 from ..network.metrics import regression_metrics
 from ..network.model import TopoQANet
 from ..network.weights import load_model
-from ..runs.selection import SelectionRule
+from ..runs.selection import judge
 from .devices import device_of
 
 # %% ../../nbs/4_training/41_module.ipynb #41-006
@@ -167,13 +167,13 @@ def check_loss(
 def _epoch_row(module: "TopoQAModule", metrics: dict[str, float]) -> dict[str, float | None]:
     "The row of metrics.csv of the epoch that was just validated."
     check_loss(metrics["val_loss"], f"epoch {module.current_epoch}, validation")
-    rule = SelectionRule.from_config(module.config.selection)
+    judged = judge(module.config.selection, metrics["val_loss"], metrics["val_spearman_corr"])
     return {
         "epoch": module.current_epoch,
         "step": module.global_step,
         "train_loss": module.train_loss(),
         **metrics,
-        "selection_metric": rule.metric(metrics["val_loss"], metrics["val_spearman_corr"]),
+        "selection_metric": judged,
         "learning_rate": module.optimizers().param_groups[0]["lr"],
     }
 

@@ -40,16 +40,19 @@ from .module import make_scheduler
 from .rewind import Start, find_start, finish_rewinds, next_folder, rewind
 from .tracking import open_tracker
 from topoqa_nb.training.training import (
-    Parent,
-    check_batch_limits,
-    check_selection,
     check_trainer,
     conclude,
     describe_start,
     fit,
-    read_parent,
     recorded,
     run_environment,
+)
+from topoqa_nb.training.validation import (
+    Parent,
+    check_batch_limits,
+    check_selection,
+    data_section,
+    read_parent,
 )
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-008
@@ -80,6 +83,12 @@ def drift(
     if before not in data.fingerprints:
         lines.append(
             f"data: fingerprint {before[:12]} in the run, {data.fingerprint[:12]} now (labels or graph files)"
+        )
+    judged = metadata["data"].get("validation")  # None: an earlier version
+    section = data_section(config, data)
+    if judged and before in data.fingerprints and judged != section["validation"]:
+        lines.append(
+            f"trainer.limit_val_batches: epochs of the run were judged by other decoys than the {section['decoys']} now"
         )
     return lines + (schema_differences(trained_on, data.schema) if trained_on else [])
 
@@ -328,7 +337,7 @@ def note_resume(
     entry = {"at": now(), "checkpoint": source, "after_epoch": start.epoch, "overrides": loaded.overrides}
     entry |= {"moved_to": aside.relative_to(run.path) if aside else None, "drift": changes}
     update_metadata(
-        run, status="running", completed=None, reason=None,
+        run, status="running", completed=None, reason=None, ending=None,
         training_parameters=loaded.config.model_dump(mode="json"),
         environment=run_environment(loaded.config, before["environment"]["threads"]),
         resumes=[*before.get("resumes", []), entry],
