@@ -414,3 +414,25 @@ def test_a_run_whose_checkpoints_are_gone_or_whose_metrics_are_cut_is_named(tmp_
     rows = {entry["run_name"]: entry for entry in leaderboard(tmp_path)}
     assert (rows["gone"]["checkpoint"], rows["gone"]["reason"]) == (None, "its checkpoints are gone")
     assert rows["cut"]["status"] == "unreadable"
+
+
+def test_settings_within_the_noise_of_seeds_are_marked(root, capsys):
+    for seed, score in ((1, -0.60), (2, -0.62), (3, -0.61)):
+        make(root, f"usual_{seed}", score, f"seed={seed}")
+        make(root, f"close_{seed}", score + 0.005, f"seed={seed}", "learning_rate=0.004")
+        make(root, f"worse_{seed}", score + 0.2, f"seed={seed}", "learning_rate=0.1")
+    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--by-config", "--format", "json")
+    assert (code, err) == (0, "")
+    assert [row["verdict"] for row in json.loads(out)] == ["best", "not told apart", "worse"]
+    code, out, _ = topoqa(capsys, "leaderboard", "--root", root, "--by-config", "--limit", 1)
+    assert "scores vary by 0.01000 (sd) by seed alone" in out
+
+
+def test_all_runs_are_ranked_by_a_metric_that_none_was_ranked_by(root, capsys):
+    make(root, "one", -0.6)
+    make(root, "two", -0.5, "selection.primary_metric=val_loss")
+    code, out, _ = topoqa(capsys, "leaderboard", "--root", root, "--metric", "val_loss", "--format", "json")
+    rows = json.loads(out)
+    assert code == 0 and [row["run_name"] for row in rows] == ["one", "two"]
+    assert [row["rank"] for row in rows] == [1, 2] and {row["metric"] for row in rows} == {"val_loss"}
+    assert topoqa(capsys, "leaderboard", "--root", root, "--metric", "loss")[0] == 2

@@ -31,6 +31,7 @@ from topoqa_nb.runs.leaderboard import summarise
 from topoqa_nb.runs.monitor import change_line, snapshot
 from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record
 from topoqa_nb.runs.runs import METRIC_COLUMNS, read_metrics
+from topoqa_nb.runs.selection import METRICS, as_loss, other_metric, parse_checkpoint_name
 from topoqa_nb.training.module import TopoQAModule, predict_split
 from topoqa_nb.training.resume import resume
 from topoqa_nb.training.training import check_batch_limits, train
@@ -71,14 +72,55 @@ def test_fast_dev_run_is_one_epoch_of_one_batch_with_checkpoints(tiny, tmp_path)
     assert (run.checkpoints / "best.ckpt").exists()
 
 
-@pytest.mark.parametrize("primary", ["selection_metric", "val_loss"])
+@pytest.mark.parametrize("primary", METRICS)
 def test_best_checkpoint_follows_the_primary_metric(tiny, tmp_path, primary):
-    run = run_once(tiny, tmp_path, trainer__num_epochs=8, selection__primary_metric=primary)
+    run = run_once(tiny, tmp_path, trainer__num_epochs=4, selection__primary_metric=primary)
     metrics = read_metrics(run)
-    best = read_checkpoint(run.checkpoints / "best.ckpt")["epoch"]
-    assert best == metrics[primary].idxmin()
-    other = {"selection_metric": "val_loss", "val_loss": "selection_metric"}[primary]
+    order = metrics.assign(judged=metrics[primary].map(lambda value: as_loss(value, primary)))
+    best = order.sort_values(["judged", "val_loss", "epoch"]).epoch.iloc[0]
+    checkpoint = run.checkpoints / "best.ckpt"
+    assert read_checkpoint(checkpoint)["epoch"] == best == read_metadata(run)["selection"]["best_epoch"]
+    other = other_metric(primary)
     assert read_checkpoint(run.checkpoints / f"{other}_best.ckpt")["epoch"] == metrics[other].idxmin()
+    score = read_metadata(run)["selection"]["best_score"]
+    assert score == metrics[primary][best]
+    named = parse_checkpoint_name(checkpoint.resolve().name)
+    assert named.value(primary) == pytest.approx(score, abs=1e-5)
+
+
+def test_a_fine_tune_and_a_resume_keep_to_a_metric_of_which_more_is_better(tiny, tmp_path):
+    by = {"selection__primary_metric": "val_pearson_corr"}
+    parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=3, **by)
+    best = read_metadata(parent)["selection"]["best_score"]
+    start = parent.checkpoints / "best.ckpt"
+    child = run_once(tiny, tmp_path, "child", start, optimizer__learning_rate=1e-9, **by)
+    story = read_metadata(child)
+    assert story["lineage"]["parent_score"]["val_pearson_corr"] == pytest.approx(best, abs=1e-6)
+    assert story["selection"]["best_score"] >= story["lineage"]["parent_score"]["val_pearson_corr"]
+
+    stopped = run_once(tiny, tmp_path, "stopped", trainer__num_epochs=6, early_stopping__patience=1, **by)
+    scores = read_metrics(stopped).val_pearson_corr.tolist()
+    fallen = [epoch for epoch in range(1, len(scores)) if scores[epoch] <= max(scores[:epoch])]
+    assert fallen == ([] if len(scores) == 6 and scores[-1] > max(scores[:-1]) else [len(scores) - 1])
+
+    whole = run_once(tiny, tmp_path, "whole", trainer__num_epochs=5, **by)
+    resume(parent, checkpoint="last", overrides={"trainer.num_epochs": 5})
+    assert parent.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
+    names = [sorted(path.name for path in run.checkpoints.iterdir()) for run in (parent, whole)]
+    assert names[0] == names[1]
+    changed = {"selection.primary_metric": "val_loss", "trainer.num_epochs": 6}
+    with pytest.raises(ConfigError, match="the metric by which its checkpoints are ranked"):
+        resume(parent, checkpoint="last", overrides=changed, accept_drift=True)
+
+
+@in_turn("metric", ["val_ranking_loss", "val_target_spearman"])
+def test_a_metric_that_no_epoch_can_have_leaves_no_run(tiny, tmp_path, metric):
+    labels = pd.read_csv(tiny["paths.val_labels"])
+    labels.head(1).to_csv(tmp_path / "one.csv", index=False)
+    changes = {"paths__val_labels": str(tmp_path / "one.csv"), "selection__primary_metric": metric}
+    with pytest.raises(ConfigError, match=f"targets of two decoys for {metric}"):
+        run_once(tiny, tmp_path / "runs", **changes)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_last_accumulation_window_is_a_mean_over_itself(tiny, tmp_path):

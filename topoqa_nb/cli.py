@@ -31,6 +31,7 @@ from .ground.config import dump_config, load_config
 from .ground.core import ConfigError, to_json
 from .ground.files import find_file
 from .ground.machine import fast_import
+from .ground.settings import PrimaryMetric
 from .sweep.processes import PRELOADED, ForkServer
 
 # %% ../nbs/99_cli.ipynb #99-006
@@ -275,6 +276,10 @@ def leaderboard_command(
     root: Annotated[Path, typer.Option("--run-root", help="Run root.")] = RUN_ROOT,
     limit: Annotated[int, typer.Option(min=1, help="Rows of each group.")] = 5,
     format: Annotated[Literal["table", "json", "csv"], typer.Option(help="Form of the output.")] = "table",
+    metric: Annotated[
+        PrimaryMetric | None,
+        typer.Option(help="Ranks the best checkpoints of all runs; else each by its own."),
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Also runs that cannot be compared with these, group by group.")
     ] = False,
@@ -284,13 +289,17 @@ def leaderboard_command(
 ) -> None:
     "Rank runs, or settings over their seeds, by their best score, as far as they may be compared."
     from topoqa_nb.runs import leaderboard as board
+    from topoqa_nb.runs.noise import with_verdicts
 
     rows_of_group = None if by_config else limit
-    chosen = (board.leaderboard(root, rows_of_group), None) if everything else None
-    rows, left_out = chosen or board.comparable(root, rows_of_group)
-    board.print_rows(board.by_config(rows, limit) if by_config else rows, format)
-    if left_out:
-        print(left_out, file=sys.stdout if format == "table" else sys.stderr)
+    chosen = (board.leaderboard(root, rows_of_group, metric), None) if everything else None
+    rows, left_out = chosen or board.comparable(root, rows_of_group, metric)
+    lines = [left_out] if left_out else []
+    if by_config:
+        marked, floors = with_verdicts(board.by_config(rows))
+        rows, lines = board.ranked_rows(marked, limit), [*floors * (format == "table"), *lines]
+    board.print_rows(rows, format)
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stdout if format == "table" else sys.stderr)
 
 # %% ../nbs/99_cli.ipynb #99-121
 @app.command("monitor")

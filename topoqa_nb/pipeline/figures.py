@@ -20,6 +20,7 @@ from ..answers.evaluation_figures import plot_decoys
 from ..answers.measures import QUALITY_LIMITS
 from ..data.batches import Split
 from ..ground.figure_style import COLOURS, LINES, as_label, legend_below, new_figure
+from .stage_record import run_loss
 from ..runs.record import RunDirectory
 from ..runs.runs import read_metrics
 
@@ -64,7 +65,7 @@ def read_curves(
     limit: int = 12,  # curves; more cannot be told apart on one figure
 ) -> dict[str, pd.DataFrame]:  # run name -> metrics.csv, best run first
     "The metrics of every epoch of the best runs."
-    scored = sorted((run for run in runs if run["score"] is not None), key=lambda run: run["score"])
+    scored = sorted((run for run in runs if run["score"] is not None), key=run_loss)
     folders = {run["run_name"]: Path(run_root) / run["run_dir"] for run in scored[:limit]}
     return {name: read_metrics(RunDirectory(folder)) for name, folder in folders.items()}
 

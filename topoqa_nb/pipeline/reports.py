@@ -20,7 +20,9 @@ from ..data.batches import Split, few
 from ..data.schema import FeatureSchema
 from ..network.metrics import regression_metrics
 from .figures import score_name
+from .stage_record import run_loss
 from ..runs.record import RunDirectory
+from ..runs.selection import HIGHER_IS_BETTER
 
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-005
 def show(
@@ -88,8 +90,8 @@ def _stage_row(stage: str, entry: Mapping) -> dict[str, object]:
 def runs_table(
     runs: Sequence[Mapping],  # records of the pipeline
 ) -> pd.DataFrame:  # best first; runs without a score last
-    "Runs ranked by their score, lower is better."
-    ranked = sorted(runs, key=lambda run: (run["score"] is None, run["score"] or 0.0))
+    "Runs ranked by their score."
+    ranked = sorted(runs, key=run_loss)
     rows = [
         {
             "rank": position + 1,
@@ -115,7 +117,7 @@ def winner_sentence(
     runs: Sequence[Mapping],  # records of the candidates
 ) -> str:
     "Which run won, by how much, and in what."
-    ranked = sorted((run for run in runs if run["score"] is not None), key=lambda run: run["score"])
+    ranked = sorted((run for run in runs if run["score"] is not None), key=run_loss)
     if not ranked:
         return (
             "No run has a score."
@@ -123,11 +125,12 @@ def winner_sentence(
             else "No run was a candidate: the checkpoint to start from was given."
         )
     best, metric = ranked[0], score_name(runs)
-    text = f"{best['run_name']} has the lowest {metric}, {best['score']:.5f} at epoch {best['best_epoch']}"
+    order, side = ("highest", "above") if metric in HIGHER_IS_BETTER else ("lowest", "below")
+    text = f"{best['run_name']} has the {order} {metric}, {best['score']:.5f} at epoch {best['best_epoch']}"
     if len(ranked) == 1:
         return f"{text}; it is the only candidate."
     second = ranked[1]
-    text += f", {second['score'] - best['score']:.5f} below {second['run_name']}, the next of {len(ranked)}."
+    text += f", {abs(second['score'] - best['score']):.5f} {side} {second['run_name']}, the next of {len(ranked)}."
     loss = 1 + sum(run["val_loss"] < best["val_loss"] for run in ranked)
     rank = 1 + sum(run["val_spearman"] > best["val_spearman"] for run in ranked)
     places = f"{_place(loss)} by val_loss ({best['val_loss']:.5f}) and {_place(rank)} by Spearman ({best['val_spearman']:.3f})"

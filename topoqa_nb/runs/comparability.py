@@ -97,8 +97,8 @@ def comparison_of(
 
 def _rule(record: RunRecord) -> tuple[tuple[str, object], ...]:
     selection = record.selection
-    if selection.ranked_by == "val_loss":
-        return (("metric", "val_loss"),)
+    if selection.ranked_by != "selection_metric":
+        return (("metric", selection.ranked_by),)
     rule = {"metric": selection.ranked_by, "use_val_spearman": selection.use_val_spearman}
     if selection.use_val_spearman is not False:
         rule["spearman_weight"] = _decimal(selection.spearman_weight)

@@ -31,8 +31,8 @@ from topoqa_nb.ground.core import (
 from .comparability import comparison_text, grouped, left_out_text
 from .progress import ending_text, left_text, progress
 from .record import RunDirectory, RunRecord, Runtime, read_record
-from .runs import list_runs, read_metrics
-from .selection import best_checkpoint
+from .runs import best_scores, judged_by, list_runs, read_metrics
+from .selection import as_loss, best_checkpoint, direction, other_metric
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-008
 def best_file(
@@ -170,24 +170,32 @@ def ranked_rows(
 
 def _order(row: Mapping[str, object]) -> tuple:
     loss = row["val_loss"]
-    return row["score"], math.inf if loss is None else loss, row["run_name"]
+    score = as_loss(row["score"], row["metric"])
+    return score, math.inf if loss is None else loss, row["run_name"]
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-029
-def _read_rows(root: Path) -> tuple[list[dict], list[dict], str | None]:
+_REPORTED = ("val_pearson_corr", "val_target_spearman", "val_ranking_loss")  # of the best checkpoint
+
+
+def _read_rows(root: Path, metric: str | None) -> tuple[list[dict], list[dict], str | None]:
     "Rows of runs in their groups, rows of those that cannot be read, and what does not belong to the first group."
     if not Path(root).is_dir():
         fix = "check the path of the run root"
         raise RunError(root, "the folder that holds the runs", "no such directory", fix)
+    if metric:
+        other_metric(metric)  # a name that is none is refused
     rows, unreadable, records = [], [], []
     for run in list_runs(root):
         try:
-            record = read_record(run)
-            read_metrics(run)  # a half-written file makes the run unreadable
-            rows.append(leaderboard_row(record, run) | progress(run, record))
+            record, metrics = read_record(run), read_metrics(run)  # a half-written one is unreadable
+            scores = best_scores(record, metrics)
+            record = judged_by(record, metrics, metric) if metric else record
+            reported = {name: scores[name] for name in _REPORTED}
+            rows.append(leaderboard_row(record, run) | reported | progress(run, record))
             records.append(record)
         except (TopoqaError, OSError) as problem:
             told = {"status": "unreadable", "metric": None, "reason": str(resource_error(problem) or problem)}
-            unreadable.append({**leaderboard_row(RunRecord(), run), **told})
+            unreadable.append({**leaderboard_row(RunRecord(), run), **dict.fromkeys(_REPORTED), **told})
     scored = [place for place, row in enumerate(rows) if row["score"] is not None]
     groups = grouped([records[place] for place in scored])
     for number, group in enumerate(groups, start=1):
@@ -199,18 +207,20 @@ def _read_rows(root: Path) -> tuple[list[dict], list[dict], str | None]:
 def leaderboard(
     root: str | Path,  # the run root
     limit: int | None = None,  # rows of each group, > 0; None: all
+    metric: str | None = None,  # one of `METRICS` that ranks them all; None: each by its own
 ) -> list[dict[str, object]]:  # plain types, ready for JSON
-    "All runs, by group and best score. Raises `RunError` when the run root does not exist."
-    rows, unreadable, _ = _read_rows(Path(root))
+    "All runs, by group and best score. Raises `RunError` when the run root does not exist, `ConfigError` for no metric."
+    rows, unreadable, _ = _read_rows(Path(root), metric)
     return plain(ranked_rows(rows, limit) + unreadable)
 
 
 def comparable(
     root: str | Path,  # the run root
     limit: int | None = None,  # rows, > 0; None: all
+    metric: str | None = None,  # one of `METRICS` that ranks them all; None: each by its own
 ) -> tuple[list[dict[str, object]], str | None]:  # rows, and a line that counts and names what is left out
     "As `leaderboard`, of the group alone that is meant when nobody says, and of runs without a score."
-    rows, unreadable, left_out = _read_rows(Path(root))
+    rows, unreadable, left_out = _read_rows(Path(root), metric)
     shown = [row for row in rows if row["group"] == 1 or row["score"] is None]
     return plain(ranked_rows(shown, limit) + unreadable), left_out
 
@@ -267,7 +277,7 @@ def _run_cells(
     notes = [row["status"], process, "archived" if row["archived"] else None]
     epochs = None if row["epochs_done"] is None else f"{row['epochs_done']} of {row['epochs']}"
     facts = {"rank": row["rank"], "run": row["run_name"], "status": ", ".join(filter(None, notes))}
-    names = ("score", "epoch", "val_loss", "val_spearman", "mode")
+    names = ("score", "epoch", "val_loss", "val_spearman", *_REPORTED, "mode")
     last = {"epochs": epochs, "left": left_text(row), "reason": row["reason"]}
     return facts | {name: row[name] for name in names} | last
 
@@ -278,7 +288,8 @@ def _config_cells(
     "What the leaderboard shows of a group of seeds."
     names = {"rank": "rank", "config": "config", "score": "mean", "sd": "sd", "val_loss": "val_loss"}
     last = {"val_spearman": "val_spearman", "seeds": "seeds", "run_name": "best run"}
-    return {shown: row[name] for name, shown in (names | last).items()}
+    told = {"verdict": row["verdict"]} if "verdict" in row else {}
+    return {shown: row[name] for name, shown in (names | last).items()} | told
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-043
 def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -301,7 +312,7 @@ def _print_tables(
     numbers = dict.fromkeys(row["group"] for row in ranked)
     for number in numbers:
         group = [row for row in ranked if row["group"] == number]
-        title = f"ranked by {group[0]['metric']}, lower is better"
+        title = f"ranked by {group[0]['metric']}, {direction(group[0]['metric'])}"
         title += f"; {group[0]['comparison']}" if len(numbers) > 1 else ""
         _print_table(title, [cells(row) for row in group])
     if len(ranked) < len(rows):

@@ -24,7 +24,7 @@ from ..ground.config import LEGACY_KEYS, sectioned
 from ..ground.core import RunError, check_file, plain, read_json
 from ..ground.files import linked_name, read_yaml
 from ..ground.settings import SelectionConfig, wrong_value
-from .selection import BEST, METRICS, Candidate, judge, parse_checkpoint_name, rank
+from .selection import BEST, Candidate, judge, parse_checkpoint_name, rank
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-008
 _ORIGINAL_NAMES = {
@@ -204,7 +204,7 @@ def original_rule(
 ) -> SelectionConfig:
     "How an old run judged its epochs. Raises `RunError` for a value that judges nothing."
     primary = stated.get("primary_metric")
-    if primary not in METRICS:
+    if primary not in ("selection_metric", "val_loss"):  # the two that it knew
         use = "sel-" in "".join(filenames) if filenames else stated.get("use_val_spearman", True)
         primary = "selection_metric" if use else "val_loss"
     names = ("use_val_spearman", "spearman_min_delta", "spearman_weight")

@@ -50,7 +50,13 @@ from topoqa_nb.training.training import (
     recorded,
     run_environment,
 )
-from .validation import Parent, check_batch_limits, data_section, read_parent
+from topoqa_nb.training.validation import (
+    Parent,
+    check_batch_limits,
+    check_selection,
+    data_section,
+    read_parent,
+)
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-102
 class _Known(BaseModel):
@@ -168,7 +174,11 @@ def check_drift(
     changes: list[str],  # from `drift`
     accept_drift: bool,  # go on all the same
 ) -> None:
-    "Raise `ConfigError` with every change, unless changes are accepted."
+    "Raise `ConfigError` with every change, unless changes are accepted; the metric that ranks never changes."
+    if other := [line for line in changes if line.startswith("selection.primary_metric:")]:
+        expected = "the metric by which its checkpoints are ranked"
+        fix = "undo the change, or start a new run from a checkpoint: topoqa run --resume-from"
+        raise ConfigError(run.path, expected, other[0], fix)
     if changes and not accept_drift:
         expected = "the configuration and the data that the run was started with"
         raise ConfigError(run.path, expected, "; ".join(changes), "undo the changes, or add --accept-drift")
@@ -439,6 +449,7 @@ def resume(
             if start.source:
                 check_restorable(start, load_model(start.source)[0], loaded.config)
             check_batch_limits(loaded.config, data)
+            check_selection(loaded.config, data)
             check_trainer(loaded.config)
             parent = continued_parent(metadata, start, data, loaded.config)
             aside = rewind(run, start)

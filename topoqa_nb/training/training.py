@@ -43,7 +43,7 @@ from ..network.model import build_model
 from ..runs.progress import ending_text
 from ..runs.record import RunDirectory, read_record, update_metadata
 from ..runs.runs import create_run, update_best
-from ..runs.selection import describe_rule
+from ..runs.selection import HIGHER_IS_BETTER, describe_rule
 from topoqa_nb.training.callbacks import (
     EarlyStopping,
     LocalCheckpoints,
@@ -70,6 +70,7 @@ from topoqa_nb.training.validation import (
     Parent,
     batch_sizes,
     check_batch_limits,
+    check_selection,
     data_section,
     lineage,
     locate_run_data,
@@ -236,7 +237,7 @@ def make_callbacks(
     primary = config.selection.primary_metric
     stopping = EarlyStopping(
         primary, patience=config.early_stopping.patience, min_delta=config.early_stopping.min_delta,
-        check_on_train_epoch_end=True,
+        mode="max" if primary in HIGHER_IS_BETTER else "min", check_on_train_epoch_end=True,
     )  # fmt: skip
     if parent:
         stopping.best_score = torch.tensor(parent.score[primary])
@@ -324,6 +325,7 @@ def train(
     with torch_threads(threads):
         data = open_data(config)
         check_batch_limits(config, data)
+        check_selection(config, data)
         start = read_parent(parent, data, config) if parent else None
         check_trainer(config)
         run = create_run(
