@@ -10,19 +10,22 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Literal
 
 from .dockq import ComplexScore, dockq, read_native
 from .recipe import Graph, Recipe, Watch, build_graph
 from ..ground.core import ResourceError, TopoqaError
-from ..ground.machine import available_cores, thread_limits
+from ..ground.machine import available_cores, is_alive, this_process, thread_limits
 
 # %% ../../nbs/9_build/97c_workers.ipynb #97c-006
 @dataclass(frozen=True)
@@ -84,21 +87,45 @@ def _tried(action: Callable[[], object], path: Path) -> tuple[object, str | None
 _AHEAD = 2  # jobs on their way for each process
 
 
-def _start_worker() -> None:
-    "Signals to a whole group of processes leave the end of the workers to the one that asked."
-    for signum in (signal.SIGINT, signal.SIGTERM):  # half an answer in a pipe is waited for without end
-        signal.signal(signum, signal.SIG_IGN)
+def _start_worker(asking: int, started: float) -> None:
+    "In a process group of its own a worker is out of reach of Ctrl-C; it does not outlive the one that asks."
+    os.setpgid(0, 0)  # half an answer in a pipe would be waited for without end
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+    threading.Thread(target=_end_with, args=(asking, started), daemon=True).start()
+
+
+_STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _end_with(asking: int, started: float) -> None:
+    "End this process soon after another; pipes do not tell, because all workers hold both of their ends."
+    while is_alive(asking, started):
+        time.sleep(0.5)
+    os._exit(1)
+
+# %% ../../nbs/9_build/97c_workers.ipynb #97c-301
+def _start_server() -> None:
+    "The process that makes workers; signals that are blocked when it starts stay so in it."
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
 def _executor(processes: int) -> Iterator[ProcessPoolExecutor]:
     "Processes that end with this block, as soon as they have done what they have in hand."
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        context.set_forkserver_preload([__name__])
     before = dict(os.environ)
     os.environ.update(thread_limits(1))
-    executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker)
+    if sys.platform == "linux":
+        _start_server()
+    own = this_process()
+    executor = ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_start_worker, initargs=(own["pid"], own["started"])
+    )
     try:
         yield executor
     finally:
