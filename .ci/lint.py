@@ -28,10 +28,11 @@ def notebooks(root: Path, *folders: str) -> list[Path]:
     return sorted((path for path in found if ".ipynb_checkpoints" not in path.parts), key=page_order)
 
 
-def page_order(page: Path) -> tuple[float, str, str]:
-    "The number of a page, such as 18a, as something to compare; pages without one come first."
+def page_order(page: Path) -> tuple[int, int, str, str]:
+    "Chapters, then pages outside of them, each by number, such as 18a; pages without one come first."
     number = re.match(r"(\d+)([a-z]*)_", page.name)
-    return (int(number[1]), number[2], str(page)) if number else (-1, "", str(page))
+    outside = page.parent.name == "nbs"
+    return (int(outside), int(number[1]), number[2], str(page)) if number else (-1, 0, "", str(page))
 
 
 def is_numbered(page: Path) -> bool:

@@ -24,8 +24,9 @@ from measure import machine, watched
 
 from topoqa_nb.answers.inference import Scorer
 from topoqa_nb.data.graphs import list_graphs, read_graph
+from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.data.store import open_store
-from topoqa_nb.network.model import TopoQANet, widths
+from topoqa_nb.network.model import TopoQANet
 from topoqa_nb.network.weights import published_names
 
 WAYS = {"warm": True, "streamed": False}  # whether the store is used
@@ -35,7 +36,8 @@ def write_model(graph_dir: Path, path: Path) -> None:
     "Random weights of the default size, for the widths of the graphs."
     graph = read_graph(next(iter(list_graphs(graph_dir).values())))
     torch.manual_seed(0)
-    model = TopoQANet(widths(graph.x.shape[1], graph.edge_attr.shape[1]))
+    edge, node = EdgeSchema(graph.edge_attr.shape[1]), NodeSchema(graph.x.shape[1])
+    model = TopoQANet(FeatureSchema(edge, node))
     names = published_names(model)
     torch.save({names[own]: value for own, value in model.state_dict().items()}, path)
 

@@ -27,3 +27,10 @@ add_pipeline_arguments() {
     if [ -n "$TRAIN_LABELS" ]; then ARGUMENTS+=(--train-labels "$TRAIN_LABELS"); fi
     if [ -n "$VAL_LABELS" ]; then ARGUMENTS+=(--val-labels "$VAL_LABELS"); fi
 }
+
+# What GRAPH_DIR, TRAIN_LABELS and VAL_LABELS ask of runs is added to the array ARGUMENTS, as overrides of the configuration.
+add_data_overrides() {
+    if [ -n "$GRAPH_DIR" ]; then ARGUMENTS+=(--override "paths.graph=$GRAPH_DIR"); fi
+    if [ -n "$TRAIN_LABELS" ]; then ARGUMENTS+=(--override "paths.train_labels=$TRAIN_LABELS"); fi
+    if [ -n "$VAL_LABELS" ]; then ARGUMENTS+=(--override "paths.val_labels=$VAL_LABELS"); fi
+}

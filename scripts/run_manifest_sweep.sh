@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A sweep: run_manifest_sweep.sh [--bundle core|extended|experiments] [--manifest FILE] [--fast-dev] [-- BATCH ARGUMENTS]
-# --manifest wins over --bundle; what follows -- goes to `topoqa batch` as it is.
+# --manifest wins over --bundle; what follows -- goes to `topoqa batch` as it is, and wins over a variable.
+# Environment variables: GRAPH_DIR, TRAIN_LABELS, VAL_LABELS.
 set -e
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/common.sh"
@@ -30,4 +31,5 @@ case $bundle in
     *) fail "--bundle: expected core, extended or experiments, found $bundle; or name a file with --manifest" ;;
 esac
 ARGUMENTS=(batch --manifest "${manifest:-manifests/run_$bundle.yaml}" "${ARGUMENTS[@]+"${ARGUMENTS[@]}"}")
+add_data_overrides
 exec "$TOPOQA" "${ARGUMENTS[@]}" "$@"

@@ -21,11 +21,12 @@ from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.tiny import DemoPaths, save_graph, write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import read_json, sha256_file, write_json
-from topoqa_nb.pipeline.answer_notebooks import PredictParameters
+from topoqa_nb.network.weights import load_model, published_names
+from topoqa_nb.pipeline.answer_notebooks import EvaluateParameters, PredictParameters
 from topoqa_nb.runs.runs import find_run, read_metrics
 from topoqa_nb.training.training import train
 
-NOTEBOOK = REPOSITORY / "pipelines" / "predict.ipynb"
+PIPELINES = REPOSITORY / "pipelines"
 PARITY = ("linear_11d_h8", "mlp_11d_h8", "mlp_24d_h4")
 
 
@@ -206,7 +207,7 @@ def test_what_is_no_model_is_refused(trained, tmp_path, capsys):
         ("frist", "did you mean first?"),
         (trained.data.graph_dir, "a directory that is none of them"),
         (tmp_path / "else.pt", "expected weights in the published layout"),
-        (tmp_path / "notes.txt", "expected a file written by torch.save"),
+        (tmp_path / "notes.txt", "expected a checkpoint saved with torch.save"),
         (tmp_path / "reports", "pipeline_summary.json: run_root: expected the final answer"),
         (tmp_path / "cut.safetensors", "expected a whole safetensors file"),
     ):
@@ -279,25 +280,86 @@ def test_a_failure_while_writing_leaves_the_old_table(trained, tmp_path, monkeyp
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-# --- the notebook
+# --- what is judged
 
 
-def test_the_notebook_has_the_parameters_of_its_model():
-    found = papermill.inspect_notebook(str(NOTEBOOK))
-    assert list(found) == list(PredictParameters.model_fields)
+def evaluate(trained: Trained, *words: object) -> int:
+    place = ["--run-root", trained.root] if "--model" in words else []
+    labels = ["--labels", trained.data.train_labels]
+    return main(
+        [str(word) for word in ["evaluate", *words, *labels, *place, "--bootstrap", "20", "--format", "json"]]
+    )
+
+
+def test_whatever_can_predict_can_be_judged(trained, tmp_path, capsys):
+    best = [f"{name}/model_checkpoints/best.ckpt" for name in ("first", "second")]
+    final = {"run_root": trained.root, "final": {"checkpoints": best}}
+    write_json(tmp_path / "reports" / "pipeline_summary.json", final)
+    exported = tmp_path / "model.safetensors"
+    assert main(["export", "--model", "first", "--out", str(exported), "--run-root", str(trained.root)]) == 0
+    weights = {"state_dict": published_weights(trained.root / best[0])}
+    torch.save(weights, tmp_path / "published.ckpt")
+    assert predict(trained, tmp_path / "both.csv", models=("first", "second")) == 0
+    assert predict(trained, tmp_path / "one.csv") == 0
+    capsys.readouterr()
+    for models, file in (
+        (["first", "second"], "both.csv"),
+        ([tmp_path / "reports"], "both.csv"),
+        (["first"], "one.csv"),
+        ([exported], "one.csv"),
+        ([tmp_path / "published.ckpt"], "one.csv"),
+    ):
+        assert evaluate(trained, "--model", *models, "--graph-dir", trained.data.graph_dir) == 0
+        asked = json.loads(capsys.readouterr().out)
+        assert evaluate(trained, "--predictions", tmp_path / file) == 0
+        read = json.loads(capsys.readouterr().out)
+        assert asked["decoys"] == read["decoys"] == 16
+        values = [{name: each["value"] for name, each in one["measures"].items()} for one in (asked, read)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5, nan_ok=True)
+
+
+def published_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    network, _ = load_model(checkpoint)
+    return {name: network.state_dict()[own] for own, name in published_names(network).items()}
+
+
+def test_only_labelled_graphs_are_scored_for_a_judgement(trained, monkeypatch, capsys):
+    scored = []
+    monkeypatch.setattr(inference, "_score_part", lambda models, device, part: count(scored, part))
+    assert evaluate(trained, "--model", "first", "--graph-dir", trained.data.graph_dir) == 0
+    assert len(scored) == 16
+
+
+def count(scored: list[str], part: object) -> np.ndarray:
+    scored += part.names
+    return np.linspace(0, 1, len(part.names))[:, None]
+
+
+# --- the notebooks
+
+
+@pytest.mark.parametrize("kind", [PredictParameters, EvaluateParameters])
+def test_a_notebook_has_the_parameters_of_its_model(kind):
+    name = kind.__name__.removesuffix("Parameters").lower()
+    found = papermill.inspect_notebook(str(REPOSITORY / "pipelines" / f"{name}.ipynb"))
+    assert list(found) == list(kind.model_fields)
     assert all(entry["help"] and entry["inferred_type_name"] != "None" for entry in found.values())
     values = {name: ast.literal_eval(entry["default"]) for name, entry in found.items()}
-    assert PredictParameters(**values) == PredictParameters()
+    assert kind(**values) == kind()
 
 
-def test_the_notebook_predicts(trained, tmp_path):
+def test_the_notebooks_predict_and_judge(trained, tmp_path):
     values = {
         "graph_dir": str(trained.data.graph_dir),
         "run_root": str(trained.root),
         "models": ["first", "second"],
     }
     options = {"cwd": tmp_path, "progress_bar": False}
-    papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", values, **options)
+    papermill.execute_notebook(PIPELINES / "predict.ipynb", tmp_path / "predict.ipynb", values, **options)
     assert len(read_predictions(tmp_path / "predictions.csv")) == 20
-    text = (tmp_path / "out.ipynb").read_text()
-    assert "image/png" in text and "TINY01" in text
+    assert "TINY01" in (tmp_path / "predict.ipynb").read_text()
+    values |= {"labels": str(trained.data.train_labels), "bootstrap": 20, "out": "answer"}
+    papermill.execute_notebook(PIPELINES / "evaluate.ipynb", tmp_path / "evaluate.ipynb", values, **options)
+    assert read_json(tmp_path / "answer" / "evaluation.json")["decoys"] == 16
+    for name in ("predict", "evaluate"):
+        assert "image/png" in (tmp_path / f"{name}.ipynb").read_text()

@@ -9,6 +9,7 @@ import torch
 from conftest import in_turn
 from torch_geometric.data import Data
 
+from topoqa_nb.cli import main
 from topoqa_nb.data.audit import Audit, audit, label_facts, sound_labels
 from topoqa_nb.data.audit_graphs import Finding
 from topoqa_nb.data.audit_report import as_text, load_profile, to_dict
@@ -289,6 +290,32 @@ def test_targets_graphs_and_contents_in_two_files(tiny: DemoPaths, tmp_path: Pat
         ("graphs in both: 1", ("TINY01/TINY01_01",)),
         ("identical graphs in both: 1", ("TWIN/TWIN_00",)),
     ]
+
+
+def test_a_family_in_two_files_is_a_leak(tiny: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture):
+    one, other = csv(tmp_path / "train.csv", "TINY01_00,0.1"), csv(tmp_path / "val.csv", "TINY02_01,0.2")
+    assert not found(audit(tiny.graph_dir, [one, other]), "leak")
+    families = tmp_path / "families.csv"
+    families.write_text("target,family\nTINY01,kinase\nTINY02,kinase\n")
+    words = [
+        "validate",
+        "--graph-dir",
+        tiny.graph_dir,
+        "--labels",
+        one,
+        "--labels",
+        other,
+        "--families",
+        families,
+    ]
+    assert main([*map(str, words), "--format", "json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    (leak,) = [finding for finding in report["findings"] if finding["check"] == "leak"]
+    assert (leak["severity"], leak["problem"], leak["names"]) == ("error", "families in both: 1", ["kinase"])
+    assert report["summary"]["labels"][0]["dockq"]["at_least_0.23"] == 0.0
+    families.write_text("target,group\nTINY01,kinase\n")
+    assert main(list(map(str, words))) == 2
+    assert "columns target and family" in capsys.readouterr().err
 
 
 def test_targets_of_a_flat_directory_come_from_the_expression(tmp_path: Path):

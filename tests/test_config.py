@@ -35,7 +35,7 @@ model: {pooling_type: mean, attention_head: 8, hidden_dim: 32, num_layers: 2, dr
 dataloader: {batch_size: 16, num_workers: 0, seed: 222}
 trainer: {accelerator: cpu, devices: 1, num_nodes: 1, strategy: auto, precision: 32, num_epochs: 200,
   accumulate_grad_batches: 16, fast_dev_run: false, limit_train_batches: null, limit_val_batches: null,
-  gradient_clip_val: null, num_threads: 1}
+  gradient_clip_val: null, num_threads: 1, fuse_batches: auto}
 optimizer: {learning_rate: 0.005, weight_decay: 0.0}
 scheduler: {type: reduce_on_plateau, factor: 0.4, patience: 12}
 early_stopping: {patience: 25, min_delta: 0.0}
@@ -154,7 +154,7 @@ def test_shipped_values(name, here):
         config.trainer.accumulate_grad_batches,
         config.dataloader.seed,
     )
-    machine = {"_cuda": ("gpu", "16-mixed", 4), "_mps": ("mps", 32, 2)}
+    machine = {"_cuda": ("gpu", 32, 0), "_mps": ("mps", 32, 2)}
     expected = next((value for ending, value in machine.items() if ending in name), ("cpu", 32, 0))
     assert expected == (config.trainer.accelerator, config.trainer.precision, config.dataloader.num_workers)
     assert (config.model.pooling_type, config.model.attention_head) == ("mean", 8)
@@ -407,6 +407,7 @@ def different_value(key: str) -> object:
         "model.hidden_dim": 64,
         "trainer.accelerator": "gpu",
         "trainer.precision": 64,
+        "trainer.fuse_batches": "off",
         "trainer.strategy": "ddp",
         "scheduler.type": "none",
         "selection.primary_metric": "val_loss",
@@ -656,8 +657,9 @@ def test_other_precisions_on_a_cpu(written, means, here):
     assert load_config("a.yaml").config.trainer.precision == means
 
 
-def test_the_cuda_config_on_a_cpu_is_refused(here):
-    message = error_of(load_config, "sched_boost_seed222_cuda.yaml", ["accelerator=cpu"])
+def test_mixed_precision_on_a_cpu_is_refused(here):
+    settings = ["accelerator=cpu", "precision=16-mixed"]
+    message = error_of(load_config, "sched_boost_seed222_cuda.yaml", settings)
     assert "trainer.precision" in message and "set trainer.precision to 32" in message
 
 
@@ -687,7 +689,8 @@ def test_a_dump_is_the_whole_configuration(here, tmp_path, monkeypatch):
         copy = write(tmp_path / "run/config/config.yaml", dump_config(loaded.config))
         monkeypatch.chdir(tmp_path)
         again = load_config(copy)
-        assert again.config == loaded.config and again.notes == []
+        notes = [note for note in again.notes if "has no effect" not in note]
+        assert again.config == loaded.config and notes == []
         assert dump_config(again.config) == dump_config(loaded.config)
         assert yaml.safe_load(copy.read_text()).keys() == Config.model_fields.keys()
         monkeypatch.chdir(here)
@@ -752,10 +755,10 @@ HURTS = {
 @in_turn("read", [load_config, load_manifest, file_settings])
 def test_yaml_that_hurts_is_one_short_line_at_once(read, name, here):
     path = write(here / "a.yaml", HURTS[name])
-    started = time.perf_counter()
+    started = time.process_time()  # of this process, whoever else computes
     with pytest.raises(ConfigError) as caught:
         read(path)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     message = str(caught.value)
     assert str(path) in message and len(message) < 1500 and "\n" not in message
     message.encode()

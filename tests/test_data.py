@@ -232,6 +232,8 @@ def test_coverage_names_every_missing_graph(csv, store, train):
     rows = "".join(f"{name},0.5\n" for name in [*names, train.names[0]])
     val = load_split("val", csv(f"MODEL,dockq\n{rows}bad,nan\n"), store)
     report = coverage_report([train, val])
+    labels = report["val"].pop("labels")
+    assert (labels["mean"], labels["at_least_0.49"], labels["at_least_0.80"]) == (0.5, 1, 0)
     assert report["val"] == {
         "total": 31,
         "usable": 1,

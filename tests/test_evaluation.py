@@ -1,5 +1,6 @@
 "Evaluation, comparison, splits: values against plain loops, the coverage of intervals, bad input on the command line."
 
+import inspect
 import math
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +14,10 @@ from topoqa_nb.answers.evaluation import evaluate
 from topoqa_nb.answers.measures import maxima, measures, target_table
 from topoqa_nb.answers.scored import scored_decoys, simulated_decoys
 from topoqa_nb.cli import main
+from topoqa_nb.runs.selection import best_checkpoint
+from topoqa_nb.sweep.jobs import JobResult, SweepResult
+from topoqa_nb.sweep.sweep import run_jobs
+from topoqa_nb.training.training import train
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +162,8 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pd.concat([table, table.head(1)]).to_csv("twice.csv", index=False)
     flat = table.assign(MODEL=table.MODEL.str.replace("/", "-")).drop(columns="target")
     flat.to_csv("no_target.csv", index=False)
+    table.to_csv("b.csv", index=False)
+    Path("bad.json").write_text("{")
     Path("families.csv").write_text("target,family\nT000,a\n")
     Path("other.csv").write_text("MODEL,dockq\nx,0.5\n")
     Path("there").mkdir()
@@ -173,6 +180,15 @@ REFUSED = {
     "evaluate --predictions a.csv --families families.csv": "none for T001",
     "evaluate --predictions a.csv --out there": "add --overwrite",
     "evaluate --predictions a.csv --out a.csv --overwrite": "an earlier answer and nothing else",
+    "evaluate --predictions a.csv --out a.csv/new": "a.csv, which is a file",
+    "evaluate --predictions a.csv --families absent.csv": "absent.csv: expected a CSV file",
+    "evaluate --predictions bad.json": "JSON",
+    "evaluate --predictions gone.parquet": "found no such file",
+    "evaluate --predictions a.xlsx": "found .xlsx",
+    "evaluate": "expected one of them, found neither",
+    "evaluate --predictions a.csv --model a.csv": "expected one of them, found both",
+    "evaluate --model a.csv --labels other.csv": "found no graph_dir",
+    "compare --predictions a.csv b.csv --out a.csv/new": "a.csv, which is a file",
     "compare --predictions a.csv": "two predictions or more, found 1",
     "compare --predictions a.csv nan.csv": "expected finite numbers",
 }
@@ -189,6 +205,16 @@ def test_bad_input_is_one_line_and_writes_nothing(files, capsys):
     assert {path: path.stat().st_size for path in files.rglob("*")} == before
 
 
+def test_a_model_is_compared_with_an_ensemble(files, capsys):
+    table = pd.read_csv("a.csv")
+    table.assign(spread=0.1, prediction_1=0.5, prediction_2=0.5).to_csv("both.csv", index=False)
+    for pair in ("a.csv both.csv", "both.csv a.csv"):
+        line = f"compare --predictions {pair} --bootstrap 20 --out new --overwrite"
+        assert main(line.split()) == 0
+        assert "not told apart" in capsys.readouterr().out
+        assert Path("new/comparison.html").is_file()
+
+
 def test_folds_of_the_command_line(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = ["--graph-dir", demo.graph_dir, "--labels", demo.train_labels, "--labels", demo.val_labels]
@@ -200,8 +226,20 @@ def test_folds_of_the_command_line(demo, tmp_path, monkeypatch, capsys):
     assert len(pd.concat(parts).MODEL.unique()) == 12
 
 
+def train_here(planned, **options) -> SweepResult:
+    "As `run_jobs`, without a process for each job."
+    inspect.signature(run_jobs).bind(planned, **options)
+    results = []
+    for job in planned:
+        run = train(job.loaded, run_name=job.run.name, output_root=job.run.path.parent)
+        checkpoint = best_checkpoint(run.checkpoints)
+        results.append(JobResult(job.name, run.path, "completed", checkpoint=checkpoint))
+    return SweepResult(tuple(results))
+
+
 def test_cross_validation_trains_a_run_for_each_fold(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("topoqa_nb.sweep.sweep.run_jobs", train_here)
     small = ["paths.graph=" + str(demo.graph_dir), "trainer.fast_dev_run=true", "model.hidden_dim=8"]
     overrides = [part for value in small for part in ("--override", value)]
     line = ["cross-validate", "--config", "config.yaml", "--folds", "3", "--out", "cv", "--bootstrap", "50"]
@@ -209,7 +247,8 @@ def test_cross_validation_trains_a_run_for_each_fold(demo, tmp_path, monkeypatch
     table = pd.read_csv("cv/config/predictions.csv")
     assert (len(table), sorted(table.fold.unique())) == (12, [1, 2, 3])
     assert table.groupby("target").fold.nunique().eq(1).all()
-    assert (
-        Path("cv/config/evaluation/evaluation.html").is_file()
-        and len(list(Path("runs").glob("config_fold*"))) == 3
-    )
+    assert Path("cv/config/evaluation/evaluation.html").is_file()
+    assert len(list(Path("runs").glob("config_fold*"))) == 3
+    for fold, rows in table.groupby("fold"):  # the run of a fold has trained on none of it
+        trained = pd.read_csv(f"cv/config/fold{fold}_train.csv").MODEL
+        assert not {*rows.target} & {*trained.str.split("/").str[0]}

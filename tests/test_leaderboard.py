@@ -11,7 +11,7 @@ from topoqa_nb import cli as cli
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import RunError
 from topoqa_nb.ground.machine import this_process
-from topoqa_nb.runs.leaderboard import by_config, leaderboard
+from topoqa_nb.runs.leaderboard import by_config, comparable, leaderboard
 from topoqa_nb.runs.progress import progress
 from topoqa_nb.runs.record import read_metadata, read_record, update_metadata
 from topoqa_nb.runs.runs import archive, create_run, find_run, invent_epoch, read_metrics
@@ -169,7 +169,7 @@ def test_the_place_of_the_runs_makes_no_difference(root, tmp_path):
 def test_other_data_or_another_parent_is_another_question(root, section):
     make(root, "a", -0.6, "seed=1")
     make(root, "b", -0.5, "seed=2", **section)
-    assert [row["seeds"] for row in by_config(leaderboard(root))] == [[1], [2]]
+    assert sorted(row["seeds"] for row in by_config(leaderboard(root))) == [[1], [2]]
 
 
 def test_runs_that_have_not_completed_do_not_count(root):
@@ -255,10 +255,13 @@ def test_a_root_behind_a_link(root, tmp_path):
 def test_json_and_csv_stand_alone(root, capsys):
     every_state(root)
     code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--format", "json", "--limit", 50)
-    assert (code, err, len(json.loads(out))) == (0, "", 9)
-    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--format", "csv", "--limit", 50)
+    assert (code, len(json.loads(out))) == (0, 8) and err.startswith(
+        "left out, not comparable with these: 1 run"
+    )
+    everything = ["leaderboard", "--root", root, "--all"]
+    code, out, err = topoqa(capsys, *everything, "--format", "csv", "--limit", 50)
     assert (code, err, len(list(csv.DictReader(out.splitlines())))) == (0, "", 9)
-    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--format", "json", "--by-config")
+    code, out, err = topoqa(capsys, *everything, "--format", "json", "--by-config")
     assert (code, err, len(json.loads(out))) == (0, "", 2)
 
 
@@ -272,9 +275,9 @@ def test_an_empty_root(root, capsys):
 def test_tables(root, capsys):
     every_state(root)
     make(root, "with[red]brackets", -0.1)
-    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--limit", 50)
+    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--limit", 50, "--all")
     assert (code, err) == (0, "")
-    titles = [line for line in out.splitlines() if line.startswith(("ranked", "not ranked"))]
+    titles = [line.split(";")[0] for line in out.splitlines() if line.startswith(("ranked", "not ranked"))]
     assert titles == [
         "ranked by selection_metric, lower is better",
         "ranked by val_loss, lower is better",
@@ -290,13 +293,55 @@ def test_tables(root, capsys):
     assert "completed, archived" in lines["put_away"]
     assert "with[red]brackets" in lines
     assert "finite loss" in out and "run_metadata.json" in out and "\x1b" not in out
-    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--by-config")
+    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--by-config", "--all")
     assert "mean" in out and "ranked by val_loss" in out
+    out = topoqa(capsys, "leaderboard", "--root", root)[1]
+    assert "ranked by val_loss" not in out and out.splitlines()[-1].endswith(
+        "(metric val_loss, not selection_metric); --all shows them"
+    )
+
+
+# --- what may be compared
+
+
+def test_another_rule_or_other_data_win_nothing(root, capsys):
+    "A weight of 3 has the lowest score, and a demo run the most runs; neither is what is meant."
+    for number in range(2):
+        make(root, f"usual{number}", -0.6 - 0.01 * number, data={"validation": "a", "decoys": 150})
+    make(root, "heavy", -1.97, "selection.spearman_weight=3", data={"validation": "a", "decoys": 150})
+    for number in range(3):
+        make(root, f"demo{number}", -0.9, data={"validation": "d", "decoys": 72, "demo": True})
+    make(root, "part", -0.99, "limit_val_batches=1", data={"validation": "first", "decoys": 64})
+    rows, left_out = comparable(root)
+    assert [row["run_name"] for row in rows] == ["usual1", "usual0"]
+    assert (
+        "5 runs: " in left_out
+        and "1 (spearman_weight 3, not 1)" in left_out
+        and "validated on 64 decoys" in left_out
+    )
+    board = leaderboard(root)
+    assert [row["rank"] for row in board] == [1, 2, 1, 1, 1, 2, 3]
+    assert len({row["group"] for row in board}) == 4
+    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--format", "json", "--by-config")
+    assert (code, len(json.loads(out))) == (0, 1) and err.strip() == left_out
+
+
+def test_a_run_of_an_earlier_version_joins_the_group_of_its_data(root):
+    both = {"fingerprint": "all", "validation": "a"}
+    make(root, "new", -0.6, data=both)
+    make(root, "old", -0.7, data={"fingerprint": "all"})
+    make(root, "old_part", -0.8, "limit_val_batches=1", data={"fingerprint": "all"})
+    make(root, "other_training_data", -0.5, data={"fingerprint": "more", "validation": "a"})
+    rows, left_out = comparable(root)
+    assert [row["run_name"] for row in rows] == ["old", "new", "other_training_data"]
+    assert "1 run: " in left_out
 
 
 def test_limit_counts_each_metric(root, capsys):
     every_state(root)
     out = topoqa(capsys, "leaderboard", "--root", root, "--limit", 1, "--format", "json")[1]
+    assert [row["run_name"] for row in json.loads(out)] == ["done", "failed", "cut", "damaged"]
+    out = topoqa(capsys, "leaderboard", "--root", root, "--limit", 1, "--format", "json", "--all")[1]
     assert [row["run_name"] for row in json.loads(out)] == ["done", "by_loss", "failed", "cut", "damaged"]
 
 
@@ -369,3 +414,25 @@ def test_a_run_whose_checkpoints_are_gone_or_whose_metrics_are_cut_is_named(tmp_
     rows = {entry["run_name"]: entry for entry in leaderboard(tmp_path)}
     assert (rows["gone"]["checkpoint"], rows["gone"]["reason"]) == (None, "its checkpoints are gone")
     assert rows["cut"]["status"] == "unreadable"
+
+
+def test_settings_within_the_noise_of_seeds_are_marked(root, capsys):
+    for seed, score in ((1, -0.60), (2, -0.62), (3, -0.61)):
+        make(root, f"usual_{seed}", score, f"seed={seed}")
+        make(root, f"close_{seed}", score + 0.005, f"seed={seed}", "learning_rate=0.004")
+        make(root, f"worse_{seed}", score + 0.2, f"seed={seed}", "learning_rate=0.1")
+    code, out, err = topoqa(capsys, "leaderboard", "--root", root, "--by-config", "--format", "json")
+    assert (code, err) == (0, "")
+    assert [row["verdict"] for row in json.loads(out)] == ["best", "not told apart", "worse"]
+    code, out, _ = topoqa(capsys, "leaderboard", "--root", root, "--by-config", "--limit", 1)
+    assert "scores vary by 0.01000 (sd) by seed alone" in out
+
+
+def test_all_runs_are_ranked_by_a_metric_that_none_was_ranked_by(root, capsys):
+    make(root, "one", -0.6)
+    make(root, "two", -0.5, "selection.primary_metric=val_loss")
+    code, out, _ = topoqa(capsys, "leaderboard", "--root", root, "--metric", "val_loss", "--format", "json")
+    rows = json.loads(out)
+    assert code == 0 and [row["run_name"] for row in rows] == ["one", "two"]
+    assert [row["rank"] for row in rows] == [1, 2] and {row["metric"] for row in rows} == {"val_loss"}
+    assert topoqa(capsys, "leaderboard", "--root", root, "--metric", "loss")[0] == 2

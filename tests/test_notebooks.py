@@ -15,13 +15,18 @@ from conftest import in_turn
 
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import TrainingError, read_json, write_text
+from topoqa_nb.ground.html_page import requests_of
+from topoqa_nb.pipeline.answer_notebooks import EvaluateParameters, PredictParameters
 from topoqa_nb.pipeline.parameters import PipelineParameters
 from topoqa_nb.pipeline.pipeline import run_pipeline
+from topoqa_nb.pipeline.pipeline_report import pipeline_page
 from topoqa_nb.pipeline.plan import STAGES
+from topoqa_nb.pipeline.standing import standing
 from topoqa_nb.runs.selection import best_checkpoint
 
 PIPELINES = Path(__file__).resolve().parent.parent / "pipelines"
 NAMES = [*STAGES, "full_pipeline"]
+ANSWERS = {"predict": PredictParameters, "evaluate": EvaluateParameters}
 
 
 def cells(name, kind="code"):
@@ -37,7 +42,7 @@ def parameter_cell(name):
 # --- form
 
 
-@in_turn("name", NAMES)
+@in_turn("name", [*NAMES, *ANSWERS])
 def test_every_parameter_is_typed_and_commented(name):
     source = parameter_cell(name)
     lines = source.splitlines()
@@ -65,7 +70,7 @@ def test_papermill_can_read_the_parameters(name, caplog):
     assert not caplog.records
 
 
-@in_turn("name", NAMES)
+@in_turn("name", [*NAMES, *ANSWERS])
 def test_notebooks_hold_no_logic(name):
     logic = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.If, ast.For, ast.While, ast.Try)
     for cell in cells(name):
@@ -87,22 +92,30 @@ def test_every_parameter_is_handed_on_as_it_was_given(name):
 # --- unknown parameter
 
 
-def test_an_unknown_parameter_ends_papermill_with_the_nearest_name(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "wrong", "near"),
+    [
+        ("sweep", "graph_dri", "graph_dir"),
+        ("predict", "modles", "models"),
+        ("evaluate", "bootstrp", "bootstrap"),
+    ],
+)
+def test_an_unknown_parameter_ends_papermill_with_the_nearest_name(name, wrong, near, tmp_path):
     command = [
         sys.executable,
         "-m",
         "papermill",
-        str(PIPELINES / "sweep.ipynb"),
+        str(PIPELINES / f"{name}.ipynb"),
         "out.ipynb",
         "-p",
-        "graph_dri",
-        "x",
+        wrong,
+        "1",
     ]
     ended = subprocess.run(
         [*command, "--log-level", "ERROR", "--no-progress-bar"], cwd=tmp_path, capture_output=True, text=True
     )
     assert ended.returncode == 1
-    assert "did you mean graph_dir?" in ended.stderr
+    assert f"did you mean {near}?" in ended.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ipynb"]
 
 
@@ -131,11 +144,16 @@ def attempts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline").resolve()
     tiny = write_tiny_dataset(folder / "data", targets=4, decoys=4)
     write_text(folder / "base.yaml", BASE)
+    head, *rows = tiny.val_labels.read_text().splitlines()
+    parts = {"val.csv": rows[::2], "held_out.csv": rows[1::2]}
+    val_labels, test_labels = (
+        write_text(folder / name, "\n".join([head, *part]) + "\n") for name, part in parts.items()
+    )
     parameters = {
         "graph_dir": "data/" + str(tiny.graph_dir.relative_to(folder / "data")),
         "train_labels": str(tiny.train_labels),
-        "val_labels": str(tiny.val_labels),
-        "test_labels": str(tiny.val_labels),
+        "val_labels": str(val_labels),
+        "test_labels": str(test_labels),
         "manifest": "two.yaml",
         "phase1_config": "base.yaml",
         "phase2_configs": ["base.yaml"],
@@ -208,7 +226,20 @@ def test_executed_notebooks_are_reports(attempts, name):
     assert not [output for output in outputs if output.output_type == "error"]
     assert not [output for output in outputs if output.get("name") == "stderr"], "a report without warnings"
     assert [output for output in outputs if "image/png" in output.get("data", {})]
-    assert "<table" in (reports / f"{name}.html").read_text(encoding="utf-8")
+    page = (reports / f"{name}.html").read_text(encoding="utf-8")
+    assert "<table" in page and "<summary>code</summary>" in page
+    assert requests_of(page) == [] and len(page) < 5_000_000
+    assert page.index('class="answer"') < page.index("<nav>" if "<nav>" in page else "<h2")
+
+
+def test_the_box_of_a_pipeline_names_its_answer(attempts):
+    reports, final = attempts["folder"] / "reports", attempts["second"]["final"]
+    box = (reports / "full_pipeline.html").read_text(encoding="utf-8").partition("</div>")[0]
+    assert "validation targets" in box and "topoqa predict" in box and final["run_name"] in box
+    page = pipeline_page(standing(reports))
+    assert requests_of(page) == []
+    for heading in ("Stages", "Runs", "On the validation targets", "Test labels", "Lineage"):
+        assert f">{heading}</h2>" in page, heading
 
 
 def test_the_report_shows_the_sections_of_the_contract(attempts):

@@ -202,10 +202,12 @@ def test_old_and_new_in_one_leaderboard(root):
     board = leaderboard(root)
     assert [(row["metric"], row["run_name"], row["status"]) for row in board] == [
         ("selection_metric", "better", "completed"),
-        ("selection_metric", "old", "completed"),
         ("selection_metric", "worse", "completed"),
+        ("selection_metric", "old", "completed"),
         ("val_loss", "older", "unknown"),
     ]
+    assert [row["rank"] for row in board] == [1, 2, 1, 1]
+    assert "validation data unknown" in board[2]["comparison"]
     assert [run.name for run in list_runs(root)] == ["better", "old", "older", "worse"]
     assert json.loads(json.dumps(board, allow_nan=False)) == board
 

@@ -1,7 +1,6 @@
 "The pipeline's decisions: what runs, under which name, from which checkpoint, and what a second start does."
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import (
     CheckpointError,
     ConfigError,
+    DataError,
     RunError,
     TrainingError,
     held,
@@ -26,8 +26,16 @@ from topoqa_nb.pipeline import pipeline as pipeline_module
 from topoqa_nb.pipeline.parameters import PipelineParameters, absolute_parameters, pipeline_parameters
 from topoqa_nb.pipeline.pipeline import check_parameters, execute_stage, injected_names, run_pipeline
 from topoqa_nb.pipeline.plan import DEMO_PHASES, open_pipeline, plan_pipeline
+from topoqa_nb.pipeline.reports import held_out_sentence
 from topoqa_nb.pipeline.stage_record import read_stage
-from topoqa_nb.pipeline.stages import fine_tune_config, finish, phase1_stage, phase2_stage, sweep_stage
+from topoqa_nb.pipeline.stages import (
+    fine_tune_config,
+    finish,
+    parent_shapes,
+    phase1_stage,
+    phase2_stage,
+    sweep_stage,
+)
 from topoqa_nb.runs.record import update_metadata
 from topoqa_nb.runs.runs import create_run
 from topoqa_nb.sweep.jobs import JobResult, SweepResult
@@ -418,8 +426,9 @@ def test_the_summary_keeps_paths_relative_to_the_run_root(given, tmp_path):
 
 
 def test_the_test_labels_meet_the_final_model_alone_and_once(given, tmp_path, tiny):
-    shutil.copy(tiny.val_labels, tmp_path / "held_out.csv")
-    run = opened(given | {"skip_fine": True, "test_labels": "held_out.csv"}, tmp_path)
+    test_labels, val_labels = halves(tiny.val_labels, tmp_path)
+    tested = given | {"skip_fine": True, "test_labels": str(test_labels), "val_labels": str(val_labels)}
+    run = opened(tested, tmp_path)
     best = sweep_stage(run, StandIn({"plain": -0.7}))["best"]
     asked = []
 
@@ -431,7 +440,163 @@ def test_the_test_labels_meet_the_final_model_alone_and_once(given, tmp_path, ti
     assert asked == [run.run_root / best["checkpoint"]]
     assert first["test"]["metrics"].keys() >= {"loss", "spearman_corr"}
     assert finish(run, predict)["test"] == first["test"]
-    assert len(asked) == 1
+    assert len(asked) == 1 and first["test"]["seen_before"] == []
+
+
+def halves(labels, folder):
+    "Two label files, of the first decoy and of the others."
+    head, first, *rest = labels.read_text().splitlines()
+    parts = {"held_out.csv": [head, first], "rest.csv": [head, *rest]}
+    return [write_text(folder / name, "\n".join(rows) + "\n") for name, rows in parts.items()]
+
+
+def test_test_labels_that_were_seen_are_refused_or_counted(given, tmp_path, tiny):
+    for seen in (tiny.train_labels, tiny.val_labels):
+        with pytest.raises(DataError, match="all of them training or validation labels"):
+            opened(given | {"test_labels": str(seen)}, tmp_path)
+    assert not (tmp_path / "reports").exists()
+    _, rest = halves(tiny.val_labels, tmp_path)
+    partly = given | {"skip_fine": True, "test_labels": str(tiny.val_labels), "val_labels": str(rest)}
+    run = opened(partly, tmp_path)
+    assert any(note.startswith("warning: ") and "test labels" in note for note in run.notes)
+    sweep_stage(run, StandIn())
+    summary = finish(run, lambda checkpoint, split: np.linspace(0, 1, len(split)))
+    counted = len(rest.read_text().splitlines()) - 1
+    assert len(summary["test"]["seen_before"]) == counted
+    assert f"{counted} of the" in held_out_sentence(
+        summary
+    ) and "no part in any choice" not in held_out_sentence(summary)
+
+
+# --- what is compared
+
+
+def test_runs_that_were_judged_otherwise_are_no_candidates(given, tmp_path, capsys):
+    first = opened(given, tmp_path)
+    fingerprint = open_data(fine_tune_config(first)).fingerprint
+    sweep_stage(first, StandIn({"plain": -0.4, "lr035": -0.6}, fingerprint=fingerprint))
+    heavy = given | {"reports_dir": str(tmp_path / "heavy"), "overrides": ["selection.spearman_weight=3"]}
+    sweep_stage(opened(heavy, tmp_path), StandIn({"plain": -1.9, "lr035": -1.8}, fingerprint=fingerprint))
+    later = opened(given | {"skip_sweep": True, "reports_dir": str(tmp_path / "later")}, tmp_path)
+    capsys.readouterr()
+    record = sweep_stage(later, runner=None)
+    assert (len(record["runs"]), record["best"]["score"]) == (2, -0.6)
+    assert "not comparable: 2 (spearman_weight 3, not 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["selection.spearman_weight", "trainer.limit_val_batches"])
+def test_stages_that_are_judged_otherwise_are_refused(given, tmp_path, key):
+    with pytest.raises(ConfigError, match=f"{key}: expected one value for all runs"):
+        opened(given | {"phase_overrides": [f"{key}=3"]}, tmp_path)
+
+
+def test_jobs_on_data_of_their_own_are_refused(given, tmp_path, tiny):
+    named = {
+        key: value for key, value in given.items() if key not in ("graph_dir", "train_labels", "val_labels")
+    }
+    paths = f"paths: {{graph: {tiny.graph_dir}, train_labels: {tiny.train_labels}, val_labels: {tiny.val_labels}}}"
+    write_text(tmp_path / "one.yaml", f"extends: sched_boost_seed222.yaml\n{paths}")
+    other = paths.replace(str(tiny.train_labels), str(tiny.val_labels))
+    write_text(tmp_path / "other.yaml", f"extends: sched_boost_seed222.yaml\n{other}")
+    for second, problem in (
+        ("other.yaml", "paths.train_labels"),
+        ("sched_boost_seed222.yaml", "paths.graph"),
+    ):
+        jobs = f"jobs:\n  - {{name: a, config: one.yaml}}\n  - {{name: b, config: {second}}}\n"
+        write_text(given["manifest"], jobs)
+        with pytest.raises(ConfigError, match=f"{problem}: expected one data set for all runs of a pipeline"):
+            opened(named, tmp_path)
+    write_text(given["manifest"], jobs.replace(second, "one.yaml"))
+    assert opened(named, tmp_path).data["paths.train_labels"] == tiny.train_labels
+
+
+def test_without_a_sweep_and_data_the_runs_say_on_which(given, tmp_path):
+    sweep_stage(opened(given, tmp_path), StandIn())
+    unnamed = {"run_root": given["run_root"], "skip_sweep": True, "manifest": given["manifest"]}
+    plan = plan_pipeline(absolute(unnamed, tmp_path))
+    assert [plan["data"][f"paths.{name}"] for name in ("graph", "val_labels")] == [
+        given["graph_dir"],
+        given["val_labels"],
+    ]
+    other = write_tiny_dataset(tmp_path / "other")
+    elsewhere = {
+        "graph_dir": other.graph_dir,
+        "train_labels": other.train_labels,
+        "val_labels": other.val_labels,
+    }
+    elsewhere = (
+        given | {key: str(value) for key, value in elsewhere.items()} | {"reports_dir": str(tmp_path / "b")}
+    )
+    sweep_stage(opened(elsewhere, tmp_path), StandIn())
+    with pytest.raises(
+        ConfigError, match=r"one data set among the earlier runs, found .*\(2 runs\), .*\(2 runs\)"
+    ):
+        plan_pipeline(absolute(unnamed, tmp_path))
+    with pytest.raises(RunError, match="a completed run"):
+        plan_pipeline(absolute({"run_root": "empty", "skip_sweep": True}, tmp_path))
+
+
+def test_a_checkpoint_that_was_picked_is_what_the_answer_is_about(given, tmp_path):
+    first = opened(given, tmp_path)
+    fingerprint = open_data(fine_tune_config(first)).fingerprint
+    sweep = sweep_stage(first, StandIn({"plain": -0.4, "lr035": -0.9}, fingerprint=fingerprint))
+    picked = first.run_root / next(run["checkpoint"] for run in sweep["runs"] if run["score"] == -0.4)
+    own = given | {"skip_sweep": True, "resume_from": str(picked), "reports_dir": str(tmp_path / "own")}
+    run, jobs = opened(own, tmp_path), StandIn(fingerprint=fingerprint, improved=True)
+    assert sweep_stage(run, jobs)["runs"] == []
+    phase1_stage(run, jobs), phase2_stage(run, jobs)
+    summary = finish(run)
+    assert summary["final"]["stage"] == "phase1" and summary["final"]["score"] == -0.5
+    assert summary["parameters"]["manifest"] == given["manifest"]
+    with pytest.raises(ConfigError, match="something to run"):
+        opened(own | {"skip_fine": True, "reports_dir": str(tmp_path / "nothing")}, tmp_path)
+
+
+def test_fine_tunes_that_kept_their_parent_are_counted(given, tmp_path, capsys):
+    run = opened(given, tmp_path)
+    sweep_stage(run, StandIn())
+    phase1_stage(run, StandIn(improved=True)), phase2_stage(run, StandIn(improved=False))
+    said = capsys.readouterr().out
+    assert (
+        "phase1" not in said
+        and "phase2: 3 of 3 fine-tunes kept their parent" in said
+        and "not an ensemble" in said
+    )
+    summary = finish(run)
+    assert summary["kept_parent"].startswith("3 of 4 fine-tunes kept their parent")
+    assert summary["stages"]["phase2"]["kept_parent"] == 3
+
+
+def test_phase_2_from_the_sweep_needs_no_phase_1(given, tmp_path):
+    run, jobs = opened(given | {"phase2_from": "sweep"}, tmp_path), StandIn()
+    best = sweep_stage(run, jobs)["best"]
+    assert {row["parent_checkpoint"] for row in phase2_stage(run, jobs)["runs"]} == {best["checkpoint"]}
+
+
+def test_the_manifest_that_was_run_is_in_the_summary(given, tmp_path):
+    run = opened(
+        {key: value for key, value in given.items() if key != "manifest"} | {"skip_fine": True}, tmp_path
+    )
+    sweep_stage(run, StandIn())
+    assert Path(finish(run)["parameters"]["manifest"]).name == "run_core.yaml"
+
+
+def test_of_a_run_of_the_original_only_the_shapes_are_asked_for(tmp_path):
+    run = tmp_path / "old"
+    write_text(
+        run / "config" / "config.yaml", "model: {hidden_dim: 48, never: 1}\ntrainer: {min_epochs: 3}\n"
+    )
+    checkpoint = write_text(run / "model_checkpoints" / "checkpoint.val-0.04168_epoch002.chkpt", "weights")
+    assert parent_shapes(checkpoint) == {"model.hidden_dim": 48}
+
+
+def test_a_plan_has_the_names_of_the_real_runs(given, tmp_path):
+    checkpoint = write_text(tmp_path / "published.pt", "weights")
+    (tmp_path / "runs" / "published_phase1").mkdir(parents=True)
+    plan = plan_pipeline(absolute(given | {"resume_from": str(checkpoint)}, tmp_path))
+    names = [job["run_name"] for job in plan["jobs"]]
+    assert names[:3] == ["plain_<start-time>", "lr035_<start-time>", "published_phase1_2"]
+    assert "a counter" in plan["names"]
 
 
 def test_two_pipelines_do_not_share_a_reports_folder(given, tmp_path):

@@ -290,11 +290,11 @@ def test_what_cannot_be_imported_is_said(tmp_path: Path):
 
 @linux
 def test_a_server_is_closed_at_once_while_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "slow_module.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "slow_module.py").write_text("import time; time.sleep(3600)")
     monkeypatch.chdir(tmp_path)
     before = time.monotonic()
     ForkServer(["slow_module"]).close()
-    assert time.monotonic() - before < 30
+    assert time.monotonic() - before < 600
 
 
 OWNER = """

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+from conftest import forked
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
@@ -221,36 +223,28 @@ def test_a_container_limit_counts(tmp_path, monkeypatch):
 
 # --- ways in which a run can end
 
-STAND_IN = """
-import os, sys, time
-from topoqa_nb.ground.signals import Interrupted
-from topoqa_nb.ramdisk import modes
-from topoqa_nb.ramdisk.ramdisk import compare
-from topoqa_nb.ramdisk.staging import ramdisk_settings
-name, graph_dir, manifest, root = sys.argv[1:]
-modes.mode_command = lambda job, outcome: [sys.executable, "-c", "import time; time.sleep(300)"]
-settings = ramdisk_settings({"name": name, "headroom": "16M", "graph_dir": graph_dir, "manifest": manifest, "skip_baseline": True})
-try:
-    compare(settings, {"run_root": root}, say=lambda line: print(line, flush=True))
-except Interrupted as stop:
-    sys.exit(128 + stop.signum)
-"""
+
+def endless_comparison(told: dict[str, object], run_root: Path) -> None:
+    "In a process of its own: a comparison whose pipeline never ends."
+    os.environ["SAFE_RAMDISK_TEST_MODE"] = ""
+    modes.mode_command = lambda job, outcome: [sys.executable, "-c", "import time; time.sleep(300)"]
+    try:
+        compare(ramdisk_settings(told), {"run_root": str(run_root)}, say=lambda line: None)
+    except Interrupted as stop:
+        sys.exit(128 + stop.signum)
 
 
 @pytest.fixture
-def comparison(name, tiny, manifest, tmp_path) -> Iterator[subprocess.Popen]:
-    "A comparison whose pipeline never ends, in the middle of its ramdisk mode."
-    environment = os.environ | {"SAFE_RAMDISK_TEST_MODE": ""}
-    words = [name, str(tiny.graph_dir), str(manifest), str(tmp_path / "runs")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", STAND_IN, *words], env=environment, stdout=subprocess.PIPE, text=True
-    )
+def comparison(name, tiny, manifest, tmp_path) -> Iterator[ForkProcess]:
+    "A comparison in the middle of its ramdisk mode."
+    paths = {"graph_dir": str(tiny.graph_dir), "manifest": str(manifest)}
+    told = {"name": name, "headroom": "16M", "skip_baseline": True} | paths
+    process = forked(endless_comparison, told, tmp_path / "runs")
     mark = f"{process.pid}_{psutil.Process(process.pid).create_time():.2f}"
     assert wait_for(lambda: marked_processes(mark)), "the mode's process has not started"
     yield process
     process.kill()
-    process.wait()
-    process.stdout.close()
+    process.join()
     stop_processes(mark, patience=0)
     remove_leftovers(name)
 
@@ -273,8 +267,9 @@ def mark_of(name: str) -> str:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_removes_the_volume_and_stops_the_pipeline(comparison, name, tmp_path, signum):
     mark = mark_of(name)
-    comparison.send_signal(signum)
-    assert comparison.wait(timeout=60) == 128 + signum
+    os.kill(comparison.pid, signum)
+    comparison.join(timeout=60)
+    assert comparison.exitcode == 128 + signum
     assert volumes(name) == []
     assert marked_processes(mark) == []
     (record,) = (tmp_path / "runs" / "ramdisk_benchmarks").glob("*.json")
@@ -288,7 +283,7 @@ def test_what_kill_9_left_is_removed_at_the_next_start(comparison, name):
     assert remove_leftovers(name) == [], "a volume in use is nobody else's to remove"
     assert len(volumes(name)) == 1
     comparison.kill()
-    comparison.wait()
+    comparison.join()
     assert len(volumes(name)) == 1
     assert marked_processes(mark), "the pipeline outlives the process that started it"
     (line,) = remove_leftovers("another-name")

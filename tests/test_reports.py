@@ -96,18 +96,19 @@ def test_learning_curves_have_names_and_units(runs):
         assert len(styles) == runs
 
 
-def test_targets_can_be_told_apart(splits):
+def test_up_to_ten_targets_can_be_told_apart_and_more_have_no_legend(splits):
     _, val = splits
-    targets = [f"T{position % 20:02d}" for position in range(len(val))]
-    crowded = type(val)(
-        **{name: getattr(val, name) for name in val.__dataclass_fields__} | {"targets": targets}
-    )
-    figure = plot_predictions(val.dockq.numpy(), crowded, "many targets")
-    looks = {
-        (points.get_facecolor().tobytes(), points.get_paths()[0].vertices.tobytes())
-        for points in figure.axes[0].collections
-    }
-    assert len(looks) == len(set(targets))
+    for count, looks_expected, legends in ((10, 10, 1), (11, 1, 0)):
+        targets = [f"T{position % count:02d}" for position in range(len(val))]
+        figure = plot_predictions(
+            val.dockq.numpy(), dataclasses.replace(val, targets=targets), "some targets"
+        )
+        looks = {
+            (points.get_facecolor().tobytes(), points.get_paths()[0].vertices.tobytes())
+            for points in figure.axes[0].collections
+        }
+        assert (len(set(targets)), len(looks), len(figure.legends)) == (count, looks_expected, legends)
+    assert figure.axes[0].get_title() == "some targets, 11 targets"
 
 
 def test_pooled_features_are_means_in_the_order_of_the_split(splits):
@@ -198,10 +199,12 @@ def shown(figure):
 
 
 def test_names_of_targets_are_drawn_as_they_are_written(splits):
-    split = dataclasses.replace(splits[0], targets=[NAMES[n % len(NAMES)] for n in range(len(splits[0]))])
-    assert set(split.targets) == set(NAMES)
-    figure = plot_predictions(np.full(len(split), 0.5), split, "run $x^$ of _$")
-    assert set(shown(figure)) >= {*NAMES, "run $x^$ of _$"}
+    half = len(NAMES) // 2
+    for names in (NAMES[:half], NAMES[half:]):  # a legend names ten targets at most
+        split = dataclasses.replace(splits[0], targets=[names[n % len(names)] for n in range(len(splits[0]))])
+        assert set(split.targets) == set(names) and len(names) <= 10
+        figure = plot_predictions(np.full(len(split), 0.5), split, "run $x^$ of _$")
+        assert set(shown(figure)) >= {*names, "run $x^$ of _$"}
 
 
 def test_names_of_runs_are_drawn_as_they_are_written():

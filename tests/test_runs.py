@@ -36,7 +36,7 @@ from topoqa_nb.runs.selection import candidate, update_links
 from topoqa_nb.training.devices import environment
 
 SECTIONS = [
-    "run_name", "identity", "status", "created", "completed", "reason", "command", "source_config", "overrides", "notes",
+    "run_name", "identity", "status", "created", "completed", "reason", "ending", "command", "source_config", "overrides", "notes",
     "trial_label", "environment", "data", "training_parameters", "selection", "checkpoints", "lineage", "runtime",
     "progress", "mlflow",
 ]  # fmt: skip

@@ -156,6 +156,17 @@ def test_manifest_sweep(asked, given, expected):
     assert asked("run_manifest_sweep.sh", *given) == ["batch", *expected]
 
 
+def test_the_data_variables_reach_every_script(asked):
+    named = {"GRAPH_DIR": "my graphs", "TRAIN_LABELS": "t.csv", "VAL_LABELS": "v.csv"}
+    pairs = [("graph", "my graphs"), ("train_labels", "t.csv"), ("val_labels", "v.csv")]
+    overrides = [word for key, value in pairs for word in ("--override", f"paths.{key}={value}")]
+    assert asked("run_all.sh", "--limit", "1", **named) == ["batch", *CORE, *overrides, "--limit", "1"]
+    assert asked("run_manifest_sweep.sh", **named) == ["batch", *CORE, *overrides]
+    assert asked("run_training.sh", "--notes", "x", **named) == ["run", *CONFIG, *overrides, "--notes", "x"]
+    words = ["-p", "graph_dir", "my graphs", "-p", "train_labels", "t.csv", "-p", "val_labels", "v.csv"]
+    assert asked("run_fine_tune_only.sh", "--dry-run", **named) == ["fine-tune", *words, "--dry-run"]
+
+
 PIPELINE_VARIABLES = {
     "SKIP_SWEEP": ("1", ["--skip-sweep"]),
     "SKIP_FINE": ("1", ["--skip-fine"]),

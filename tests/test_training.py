@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forked
+from conftest import forked, in_turn
 
 from topoqa_nb.data.dataset import open_data
 from topoqa_nb.data.demo import ensure_demo
@@ -26,8 +27,11 @@ from topoqa_nb.ground.signals import Interrupted
 from topoqa_nb.network.metrics import spearman
 from topoqa_nb.network.model import build_model
 from topoqa_nb.network.weights import read_checkpoint
-from topoqa_nb.runs.record import RunDirectory, read_metadata
+from topoqa_nb.runs.leaderboard import summarise
+from topoqa_nb.runs.monitor import change_line, snapshot
+from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record
 from topoqa_nb.runs.runs import METRIC_COLUMNS, read_metrics
+from topoqa_nb.runs.selection import METRICS, as_loss, other_metric, parse_checkpoint_name
 from topoqa_nb.training.module import TopoQAModule, predict_split
 from topoqa_nb.training.resume import resume
 from topoqa_nb.training.training import check_batch_limits, train
@@ -50,7 +54,7 @@ def test_a_run_leaves_what_the_contract_names(tiny, tmp_path):
     found = {str(path.relative_to(run.path)) for path in run.path.rglob("*")}
     assert expected <= found
     assert list(pd.read_csv(run.metrics_file).columns) == list(METRIC_COLUMNS)
-    assert read_metadata(run)["status"] == "completed"
+    assert [read_metadata(run)[name] for name in ("status", "ending")] == ["completed", "all 2 epochs"]
     assert (tmp_path / "latest").resolve() == run.path.resolve()
 
 
@@ -68,29 +72,70 @@ def test_fast_dev_run_is_one_epoch_of_one_batch_with_checkpoints(tiny, tmp_path)
     assert (run.checkpoints / "best.ckpt").exists()
 
 
-@pytest.mark.parametrize("primary", ["selection_metric", "val_loss"])
+@pytest.mark.parametrize("primary", METRICS)
 def test_best_checkpoint_follows_the_primary_metric(tiny, tmp_path, primary):
-    run = run_once(tiny, tmp_path, trainer__num_epochs=8, selection__primary_metric=primary)
+    run = run_once(tiny, tmp_path, trainer__num_epochs=4, selection__primary_metric=primary)
     metrics = read_metrics(run)
-    best = read_checkpoint(run.checkpoints / "best.ckpt")["epoch"]
-    assert best == metrics[primary].idxmin()
-    other = {"selection_metric": "val_loss", "val_loss": "selection_metric"}[primary]
+    order = metrics.assign(judged=metrics[primary].map(lambda value: as_loss(value, primary)))
+    best = order.sort_values(["judged", "val_loss", "epoch"]).epoch.iloc[0]
+    checkpoint = run.checkpoints / "best.ckpt"
+    assert read_checkpoint(checkpoint)["epoch"] == best == read_metadata(run)["selection"]["best_epoch"]
+    other = other_metric(primary)
     assert read_checkpoint(run.checkpoints / f"{other}_best.ckpt")["epoch"] == metrics[other].idxmin()
+    score = read_metadata(run)["selection"]["best_score"]
+    assert score == metrics[primary][best]
+    named = parse_checkpoint_name(checkpoint.resolve().name)
+    assert named.value(primary) == pytest.approx(score, abs=1e-5)
+
+
+def test_a_fine_tune_and_a_resume_keep_to_a_metric_of_which_more_is_better(tiny, tmp_path):
+    by = {"selection__primary_metric": "val_pearson_corr"}
+    parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=3, **by)
+    best = read_metadata(parent)["selection"]["best_score"]
+    start = parent.checkpoints / "best.ckpt"
+    child = run_once(tiny, tmp_path, "child", start, optimizer__learning_rate=1e-9, **by)
+    story = read_metadata(child)
+    assert story["lineage"]["parent_score"]["val_pearson_corr"] == pytest.approx(best, abs=1e-6)
+    assert story["selection"]["best_score"] >= story["lineage"]["parent_score"]["val_pearson_corr"]
+
+    stopped = run_once(tiny, tmp_path, "stopped", trainer__num_epochs=6, early_stopping__patience=1, **by)
+    scores = read_metrics(stopped).val_pearson_corr.tolist()
+    fallen = [epoch for epoch in range(1, len(scores)) if scores[epoch] <= max(scores[:epoch])]
+    assert fallen == ([] if len(scores) == 6 and scores[-1] > max(scores[:-1]) else [len(scores) - 1])
+
+    whole = run_once(tiny, tmp_path, "whole", trainer__num_epochs=5, **by)
+    resume(parent, checkpoint="last", overrides={"trainer.num_epochs": 5})
+    assert parent.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
+    names = [sorted(path.name for path in run.checkpoints.iterdir()) for run in (parent, whole)]
+    assert names[0] == names[1]
+    changed = {"selection.primary_metric": "val_loss", "trainer.num_epochs": 6}
+    with pytest.raises(ConfigError, match="the metric by which its checkpoints are ranked"):
+        resume(parent, checkpoint="last", overrides=changed, accept_drift=True)
+
+
+@in_turn("metric", ["val_ranking_loss", "val_target_spearman"])
+def test_a_metric_that_no_epoch_can_have_leaves_no_run(tiny, tmp_path, metric):
+    labels = pd.read_csv(tiny["paths.val_labels"])
+    labels.head(1).to_csv(tmp_path / "one.csv", index=False)
+    changes = {"paths__val_labels": str(tmp_path / "one.csv"), "selection__primary_metric": metric}
+    with pytest.raises(ConfigError, match=f"targets of two decoys for {metric}"):
+        run_once(tiny, tmp_path / "runs", **changes)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_last_accumulation_window_is_a_mean_over_itself(tiny, tmp_path):
-    "One epoch of SGD-like Adam steps by hand, with windows of 3 and 1 batches, gives the same weights."
-    run = run_once(
-        tiny, tmp_path, trainer__num_epochs=1, trainer__accumulate_grad_batches=3, model__dropout=0.0
-    )
+    "One epoch of Adam steps by hand, batch by batch, with windows of 3 and 1 batches, gives the same weights."
+    window_of_three = {"trainer__accumulate_grad_batches": 3, "model__dropout": 0.0}
+    run = run_once(tiny, tmp_path, trainer__num_epochs=1, trainer__precision=64, **window_of_three)
     config = load_config(run.config_file).config
     data = open_data(config)
     from topoqa_nb.data.batches import make_loader
 
     torch.manual_seed(config.dataloader.seed)
-    model = build_model(data.schema, config.model).train()
+    model = build_model(data.schema, config.model).train().double()
     optimizer = torch.optim.Adam(model.parameters(), lr=config.optimizer.learning_rate)
-    batches = list(make_loader(data.train, batch_size=2, shuffle=True, seed=config.dataloader.seed))
+    loader = make_loader(data.train, batch_size=2, shuffle=True, seed=config.dataloader.seed)
+    batches = [batch.apply(lambda x: x.double() if x.is_floating_point() else x) for batch in loader]
     assert len(batches) % 3, "the case needs a short last window"
     for start in range(0, len(batches), 3):
         window = batches[start : start + 3]
@@ -100,7 +145,7 @@ def test_the_last_accumulation_window_is_a_mean_over_itself(tiny, tmp_path):
         optimizer.step()
     saved = read_checkpoint(run.checkpoints / "last.chkpt")["state_dict"]
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(saved[f"model.{name}"], value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(saved[f"model.{name}"], value, rtol=1e-9, atol=1e-12)
 
 
 def test_a_checkpoint_loads_weights_only_and_describes_itself(tiny, tmp_path):
@@ -122,6 +167,27 @@ def test_fine_tune_keeps_nothing_of_its_parent_but_the_weights(tiny, tmp_path):
     assert score["selection_metric"] == pytest.approx(read_metrics(parent).selection_metric.min(), abs=1e-6)
 
 
+def test_a_child_that_is_its_parent_has_its_score_on_the_same_batches_and_data(tiny, tmp_path, monkeypatch):
+    "With a limit on validation batches and without data of its own; at a rate of nothing no epoch is better."
+    many = write_tiny_dataset(tmp_path / "many", targets=10, decoys=10)
+    swapped = {"train_labels": many.val_labels, "val_labels": many.train_labels}  # two validation batches
+    paths = {f"paths__{name}": str(path) for name, path in (swapped | {"graph": many.graph_dir}).items()}
+    parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=1, **paths)
+    monkeypatch.chdir(tmp_path)
+    unnamed = {key: value for key, value in tiny.items() if not key.startswith("paths.")}
+    limits = {"trainer__limit_val_batches": 1, "trainer__num_epochs": 1, "optimizer__learning_rate": 1e-12}
+    best = parent.checkpoints / "best.ckpt"
+    child = run_once(unnamed, tmp_path, "child", resume_from=best, **limits)
+    known, (row,) = read_record(child), read_metrics(child).to_dict("records")
+    assert row["val_loss"] == pytest.approx(known.lineage.parent_score["val_loss"], rel=1e-6)
+    assert known.data.decoys == 64 and known.data.validation != read_record(parent).data.validation
+    assert known.training_parameters.paths["val_labels"] == str(many.train_labels)
+    assert not (tmp_path / "demo_data").exists()
+    with pytest.raises(ConfigError, match="lies in no run that names them"):
+        run_once(unnamed, tmp_path, "orphan", resume_from=shutil.copy(best, tmp_path / "alone.ckpt"))
+    assert not (tmp_path / "orphan").exists() and not (tmp_path / "demo_data").exists()
+
+
 def test_early_stopping_knows_the_parents_score(tiny, tmp_path):
     "A child that never beats its parent stops after `patience` epochs, not after patience + 1."
     parent = run_once(tiny, tmp_path, "parent", trainer__num_epochs=6)
@@ -131,6 +197,11 @@ def test_early_stopping_knows_the_parents_score(tiny, tmp_path):
     )  # fmt: skip
     assert len(read_metrics(child)) == 3
     assert read_metadata(child)["lineage"]["improved_on_parent"] is False
+    said = "early stopping after 3 of 30 epochs (early_stopping.patience 3)"
+    assert [read_metadata(child)["ending"], summarise(child)["ending"]] == [said, said]
+    rate = "optimizer.learning_rate"
+    assert snapshot(child)["parameters"][rate] == snapshot(parent)["parameters"][rate] != 0.5
+    assert said in change_line(snapshot(child))
     assert (child.checkpoints / "best.ckpt").readlink().name.endswith("_epoch-01.chkpt")
 
 
@@ -311,15 +382,15 @@ def test_a_fraction_that_leaves_a_batch_trains(tiny, tmp_path):
     assert read_metadata(quick)["status"] == "completed"
 
 
-@pytest.mark.parametrize("batches", [1, 2, 3, 7, 49, 125, 999, 1000, 4999])
+@in_turn("batches", [1, 2, 3, 7, 49, 125, 999, 1000, 4999])
 def test_the_fraction_that_an_error_names_works(batches):
-    config = load_config(None, {"trainer.limit_train_batches": 1e-9, "dataloader.batch_size": 1}).config
+    told = {"dataloader.batch_size": 1, "trainer.fuse_batches": "off"}
+    config = load_config(None, told | {"trainer.limit_train_batches": 1e-9}).config
     data = SimpleNamespace(train=range(batches), val=range(64))
     with pytest.raises(ConfigError) as caught:
         check_batch_limits(config, data)
     fraction = float(re.search(r"a fraction from ([\d.]+)", str(caught.value))[1])
-    works = load_config(None, {"trainer.limit_train_batches": fraction, "dataloader.batch_size": 1}).config
-    check_batch_limits(works, data)
+    check_batch_limits(load_config(None, told | {"trainer.limit_train_batches": fraction}).config, data)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

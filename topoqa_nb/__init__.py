@@ -10,6 +10,12 @@ if "topoqa_nb.cli" in sys.orig_argv[1:4] or "topoqa" in map(lambda word: Path(wo
     end_without_cleaning()  # the command begins: a signal meets imports, and nothing to clean up
 
 if TYPE_CHECKING:
+    from topoqa_nb.answers.comparison import compare as compare
+    from topoqa_nb.answers.evaluation import evaluate as evaluate
+    from topoqa_nb.answers.export import export as export
+    from topoqa_nb.answers.inference import Scorer as Scorer
+    from topoqa_nb.answers.predict import predict as predict
+    from topoqa_nb.answers.predictions import read_predictions as read_predictions
     from topoqa_nb.data.schema import resolve_schema as resolve_schema
     from topoqa_nb.data.store import open_store as open_store
     from topoqa_nb.everyday import demo_data as demo_data
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     from topoqa_nb.network.weights import load_model as load_model
     from topoqa_nb.runs.leaderboard import leaderboard as leaderboard
     from topoqa_nb.runs.leaderboard import summarise as summarise
+    from topoqa_nb.runs.runs import find_run as find_run
     from topoqa_nb.training.module import predict_split as predict_split
     from topoqa_nb.training.resume import resume as resume
     from topoqa_nb.training.training import train as train

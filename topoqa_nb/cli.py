@@ -20,8 +20,10 @@ import typer
 
 from topoqa_nb import (  # noqa: F401  they register their commands
     answer_commands,
+    build_commands,
     evaluation_commands,
     pipeline_commands,
+    report_command,
 )
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground import console
@@ -29,6 +31,7 @@ from .ground.config import dump_config, load_config
 from .ground.core import ConfigError, to_json
 from .ground.files import find_file
 from .ground.machine import fast_import
+from .ground.settings import PrimaryMetric
 from .sweep.processes import PRELOADED, ForkServer
 
 # %% ../nbs/99_cli.ipynb #99-006
@@ -69,6 +72,9 @@ def validate_command(
     ] = None,
     format: Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")] = "table",
     profile: Annotated[bool, typer.Option("--profile", help="Loading times, and the slowest files.")] = False,
+    families: Annotated[
+        Path | None, typer.Option(help="CSV with target and family: none may be in two label files.")
+    ] = None,
 ) -> int:
     "Audit a data set: files, features, names, labels, leaks. Exit code 1 if anything is wrong."
     with fast_import():
@@ -76,7 +82,7 @@ def validate_command(
         from topoqa_nb.data.audit_report import as_text, load_profile, profile_text, to_dict
         from topoqa_nb.ground.console import UNWRAPPED
 
-    found = audit(graph_dir, labels, target_regex=target_regex)
+    found = audit(graph_dir, labels, target_regex=target_regex, families=families)
     times = load_profile(found.graphs) if profile else None
     if format == "json":
         print(to_json(to_dict(found) | ({"profile": times} if times else {})))
@@ -245,7 +251,10 @@ def batch_command(
             from topoqa_nb.sweep.manifest import describe_job, load_manifest, plan_jobs
 
         content = load_manifest(manifest)
-        planned = plan_jobs(content, overrides=override, output_root=output_root, limit=limit)
+        stamp = "<start-time>" if dry_run else None
+        planned = plan_jobs(
+            content, overrides=override, output_root=output_root, limit=limit, timestamp=stamp
+        )
         if dry_run:
             print("\n".join(describe_job(job) for job in planned))
             return 0
@@ -265,19 +274,32 @@ def summarise_command(run_id: RunId = None, run_dir: RunDir = None, root: Root =
 @app.command("leaderboard")
 def leaderboard_command(
     root: Annotated[Path, typer.Option("--run-root", help="Run root.")] = RUN_ROOT,
-    limit: Annotated[int, typer.Option(min=1, help="Rows of each metric.")] = 5,
+    limit: Annotated[int, typer.Option(min=1, help="Rows of each group.")] = 5,
     format: Annotated[Literal["table", "json", "csv"], typer.Option(help="Form of the output.")] = "table",
+    metric: Annotated[
+        PrimaryMetric | None,
+        typer.Option(help="Ranks the best checkpoints of all runs; else each by its own."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also runs that cannot be compared with these, group by group.")
+    ] = False,
     by_config: Annotated[
         bool, typer.Option("--by-config", help="Mean and standard deviation over seeds.")
     ] = False,
 ) -> None:
-    "Rank runs, or settings over their seeds, by their best score."
+    "Rank runs, or settings over their seeds, by their best score, as far as they may be compared."
     from topoqa_nb.runs import leaderboard as board
+    from topoqa_nb.runs.noise import with_verdicts
 
+    rows_of_group = None if by_config else limit
+    chosen = (board.leaderboard(root, rows_of_group, metric), None) if everything else None
+    rows, left_out = chosen or board.comparable(root, rows_of_group, metric)
+    lines = [left_out] if left_out else []
     if by_config:
-        board.print_rows(board.by_config(board.leaderboard(root), limit=limit), format)
-    else:
-        board.print_rows(board.leaderboard(root, limit=limit), format)
+        marked, floors = with_verdicts(board.by_config(rows))
+        rows, lines = board.ranked_rows(marked, limit), [*floors * (format == "table"), *lines]
+    board.print_rows(rows, format)
+    print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stdout if format == "table" else sys.stderr)
 
 # %% ../nbs/99_cli.ipynb #99-121
 @app.command("monitor")
@@ -313,9 +335,10 @@ def archive_command(
 
 # %% ../nbs/99_cli.ipynb #99-126
 ORDER = (
+    *("build", "label", "dockq"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
-    *("predict", "evaluate", "compare", "split", "cross-validate", "export"),
+    *("predict", "evaluate", "compare", "split", "cross-validate", "report", "export"),
     *("validate", "cache", "env", "config", "demo-data"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))

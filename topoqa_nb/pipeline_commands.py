@@ -97,6 +97,10 @@ def _print_outcome(summary: Mapping[str, object]) -> None:
     print(f"summary: {reports / 'pipeline_summary.json'}")
     print(f"winner:  {Path(summary['run_root']) / final['checkpoint']}")
     print(f"         {final['primary_metric']} {final['score']:.5f} of {final['run_name']}")
+    if summary.get("kept_parent"):
+        print(f"         {summary['kept_parent']}")
+    if summary.get("data", {}).get("demo"):
+        print("         trained on the synthetic demo data: none of this is about real complexes")
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-110
 _HIDDEN = ("executor",)  # in the help when there is a second one that works

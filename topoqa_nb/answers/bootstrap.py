@@ -16,7 +16,8 @@ import pandas as pd
 from scipy.stats import norm
 from scipy.stats import t as student_t
 
-from .measures import QUALITY_LIMITS, equal_count_bins, target_columns, target_table
+from .measures import equal_count_bins, target_columns, target_table
+from ..data.labels import QUALITY_LIMITS
 from ..ground.core import DataError
 
 # %% ../../nbs/5_answers/51a_bootstrap.ipynb #51a-006

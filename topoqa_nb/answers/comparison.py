@@ -19,19 +19,13 @@ from matplotlib.figure import Figure
 
 from .bootstrap import interval
 from .evaluation import Evaluation
-from topoqa_nb.answers.evaluation_report import (
-    HEADLINE,
-    figure_html,
-    figure_png,
-    html_page,
-    table_html,
-    with_interval,
-)
+from .evaluation_report import HEADLINE, with_interval
 from .measures import is_lower_better, measure_title
 from .scored import ScoredDecoys, answer_folder, scored_decoys
 from ..data.batches import Split
 from ..ground.core import ConfigError, DataError, plain, write_json, write_text
 from ..ground.figure_style import COLOURS, MARKERS, as_label, new_figure
+from ..ground.html_page import figure_html, figure_png, html_page, table_html
 from ..network.baselines import baseline_scores
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-006
@@ -80,17 +74,15 @@ class Comparison:
     @cached_property
     def differences(self) -> pd.DataFrame:
         "model, measure, difference to the first, its interval, share of resamples in which it is better, verdict."
-        others = list(self.evaluations.items())[1:]
-        rows = [difference(self.first, other, measure) for _, other in others for measure in other.values]
-        return pd.DataFrame(rows)
+        _, *others = self.evaluations.values()
+        pairs = [(other, key) for other in others for key in other.values if key in self.first.values]
+        return pd.DataFrame([difference(self.first, other, key) for other, key in pairs])
 
     def table(self) -> pd.DataFrame:
         "A row for each measure, a column for each model: value and interval."
-        columns = {
-            name: [with_interval(value, one.intervals.get(measure)) for measure, value in one.values.items()]
-            for name, one in self.evaluations.items()
-        }
-        return pd.DataFrame({"measure": map(measure_title, self.first.values)} | columns)
+        known = dict.fromkeys(measure for one in self.evaluations.values() for measure in one.values)
+        columns = {name: [_said_of(one, key) for key in known] for name, one in self.evaluations.items()}
+        return pd.DataFrame({"measure": [*map(measure_title, known)]} | columns)
 
     def sentences(self) -> list[str]:
         "Better, worse, or not told apart: a line for each model after the first."
@@ -98,13 +90,16 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         "Everything, for JSON."
-        differences = self.differences.to_dict(orient="records")
-        models = {name: one.to_dict() for name, one in self.evaluations.items()}
-        return plain(
-            {"sentences": self.sentences(), "notes": self.notes, "differences": differences, "models": models}
-        )
+        found = {"sentences": self.sentences(), "notes": self.notes}
+        found["differences"] = self.differences.to_dict(orient="records")
+        return plain(found | {"models": {name: one.to_dict() for name, one in self.evaluations.items()}})
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-010
+def _said_of(one: Evaluation, measure: str) -> str:
+    "Value and interval; empty for what a model cannot have, such as the spread of one that is no ensemble."
+    return with_interval(one.values[measure], one.intervals.get(measure)) if measure in one.values else ""
+
+
 def difference(
     first: Evaluation,
     other: Evaluation,  # of the same decoys and resamples

@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .measures import QUALITY_LIMITS, TOPS, calibration, equal_count_bins
+from .measures import TOPS, calibration, equal_count_bins
+from ..data.labels import QUALITY_LIMITS
 from topoqa_nb.ground.figure_style import (
     COLOURS,
     MARKERS,

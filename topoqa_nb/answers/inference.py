@@ -68,11 +68,12 @@ def _read_each(
     files: dict[str, Path],  # graph name -> file
     widths: tuple[int, int],  # features of a node and of an edge that the networks read
     skipped: dict[str, str] | None,  # takes what cannot be read, and why; None: that is an error
+    trust_pickles: bool = False,  # True loads any pickle, which may run code
 ) -> Iterator[tuple[str, Data]]:
     "Graph after graph. Raises `DataError` and `SchemaError` naming the file."
     for name, path in files.items():
         try:
-            graph = read_graph(path)
+            graph = read_graph(path, trust_pickle=trust_pickles)
         except DataError as problem:
             if skipped is None:
                 raise
@@ -109,29 +110,42 @@ class _Source:
     skipped: dict[str, str] = field(default_factory=dict)  # graph name -> why it could not be read; fills up
 
 
-def _directory(
-    graph_dir: Path,
-    models: Sequence[Model],
-    batch_size: int,
-    skip_unreadable: bool,
-    use_store: bool,
-    store_dir: Path | None,
-) -> _Source:
+@dataclass(frozen=True)
+class _Reading:
+    "How the graphs of a directory are read."
+
+    batch_size: int  # graphs
+    names: Sequence[str] | None = None  # of the graphs that are wanted; None: all
+    skip_unreadable: bool = False
+    use_store: bool = True
+    store_dir: Path | None = None
+    trust_pickles: bool = False
+
+# %% ../../nbs/5_answers/50b_inference.ipynb #50b-100
+def _directory(graph_dir: Path, models: Sequence[Model], how: _Reading) -> _Source:
     "The graphs of a directory, from its store if that is wanted and can be."
-    files, store = list_graphs(graph_dir), None
-    if use_store:
-        try:
-            store = open_store(graph_dir, store_dir=store_dir)
-        except DataError:
-            if not skip_unreadable:
-                raise
+    store = _store(graph_dir, how)
     if store is not None:
+        store = store if how.names is None else store.subset(how.names)
         schema = _schema(graph_dir, store, models)
-        return _Source(_stored_parts(store, batch_size), len(store), schema)
-    schema = _schema(graph_dir, _sample(graph_dir, files, skip_unreadable), models)
-    skipped = {}
-    graphs = _read_each(files, _widths(models), skipped if skip_unreadable else None)
-    return _Source(_streamed_parts(graphs, batch_size), len(files), schema, skipped)
+        return _Source(_stored_parts(store, how.batch_size), len(store), schema)
+    files = list_graphs(graph_dir)
+    files = files if how.names is None else {name: files[name] for name in how.names}
+    schema, skipped = _schema(graph_dir, _sample(graph_dir, files, how), models), {}
+    graphs = _read_each(files, _widths(models), skipped if how.skip_unreadable else None, how.trust_pickles)
+    return _Source(_streamed_parts(graphs, how.batch_size), len(files), schema, skipped)
+
+
+def _store(graph_dir: Path, how: _Reading) -> GraphStore | None:
+    "All graphs, packed; None when that is not wanted, or some of them cannot be read and are not wanted either."
+    if not how.use_store:
+        return None
+    try:
+        return open_store(graph_dir, trust_pickles=how.trust_pickles, store_dir=how.store_dir)
+    except DataError:
+        if not how.skip_unreadable:
+            raise
+    return None
 
 
 def _widths(models: Sequence[Model]) -> tuple[int, int]:
@@ -139,16 +153,16 @@ def _widths(models: Sequence[Model]) -> tuple[int, int]:
     return models[0].network.node_width, models[0].network.edge_width
 
 # %% ../../nbs/5_answers/50b_inference.ipynb #50b-015
-def _sample(graph_dir: Path, files: dict[str, Path], skip_unreadable: bool) -> GraphStore:
+def _sample(graph_dir: Path, files: dict[str, Path], how: _Reading) -> GraphStore:
     "A store of the first graph that can be read. Raises `DataError`."
     for name, path in files.items():
         try:
-            read_graph(path)
+            read_graph(path, trust_pickle=how.trust_pickles)
         except DataError:
-            if not skip_unreadable:
+            if not how.skip_unreadable:
                 raise
         else:
-            return open_store(graph_dir, [name])
+            return open_store(graph_dir, [name], trust_pickles=how.trust_pickles)
     raise DataError(graph_dir, "a graph that can be read", f"none of {len(files)}", "build the graphs again")
 
 
@@ -262,17 +276,19 @@ class Scorer(_Loaded):
         graphs: str | Path | Iterable[Data],  # a directory, or objects
         *,
         batch_size: int = VALIDATION_BATCH,  # graphs, > 0; changes nothing beyond rounding
+        names: Sequence[str] | None = None,  # which graphs of a directory; None: all
         skip_unreadable: bool = False,  # leave out graphs of a directory that cannot be read
         use_store: bool = True,  # False: read the files of a directory one by one and pack nothing
         store_dir: Path | None = None,  # where packed stores are kept; None: the user's cache folder
+        trust_pickles: bool = False,  # True loads any pickle, which may run code
     ) -> Scores:
         "Raw scores of every model. Raises `DataError`, `SchemaError`."
         if batch_size < 1:
             raise ConfigError("batch_size", "a number from 1", str(batch_size), "give the graphs of a batch")
         keep_freed_memory()
         if isinstance(graphs, str | Path):
-            options = (batch_size, skip_unreadable, use_store, store_dir)
-            source = _directory(Path(graphs), self.models, *options)
+            how = _Reading(batch_size, names, skip_unreadable, use_store, store_dir, trust_pickles)
+            source = _directory(Path(graphs), self.models, how)
         else:
             objects = _checked_objects(graphs, _widths(self.models))
             source = _Source(_streamed_parts(objects, batch_size), None, None)

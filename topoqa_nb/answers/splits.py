@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .measures import QUALITY_LIMITS
-from .scored import answer_folder, family_of, read_families, with_targets
+from .scored import answer_folder, with_targets
+from ..data.families import family_of, read_families
 from ..data.graphs import list_graphs
-from ..data.labels import match_labels, read_labels
+from ..data.labels import distribution_columns, match_labels, read_labels
 from ..ground.core import ConfigError, write_json, write_text
 from ..ground.figure_style import COLOURS, LINES, new_figure
 
@@ -94,11 +94,7 @@ def parts_table(
         part = decoys[parts == number]
         row = {"part": name, "decoys": len(part), "targets": part.target.nunique()}
         row |= {"families": part.group.nunique()} if not part.group.equals(part.target) else {}
-        row |= {"DockQ, mean": part.dockq.mean(), "sd": part.dockq.std(ddof=0)}
-        rows.append(
-            row
-            | {f"≥ {limit:.2f} (%)": 100 * (part.dockq >= limit).mean() for limit in QUALITY_LIMITS.values()}
-        )
+        rows.append(row | distribution_columns(part.dockq))
     return pd.DataFrame(rows)
 
 

@@ -7,7 +7,7 @@ __all__ = ['sound_labels', 'LabelFacts', 'label_facts', 'leak_findings', 'unlabe
 
 # %% ../../nbs/1_data/19b_audit.ipynb #19b-004
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -24,6 +24,7 @@ from topoqa_nb.data.audit_graphs import (
     sidecar_findings,
     width_findings,
 )
+from .families import read_families
 from .graphs import list_graphs
 from topoqa_nb.data.labels import (
     Labels,
@@ -98,22 +99,26 @@ def label_facts(
 def leak_findings(
     label_files: Sequence[LabelFacts],  # each is compared with each
     graphs: Sequence[GraphFacts],  # those that could be read
+    families: Mapping[str, str] | None = None,  # target -> family, where that is known
 ) -> list[Finding]:
-    "Targets, graphs and contents that stand in two label files."
+    "Targets, graphs, contents and families that stand in two label files."
     digests = {graph.name: graph.digest for graph in graphs}
-    fix = "split by target, so that each is in one file"
     findings = []
     for one, other in combinations(label_files, 2):
         where = f"{one.path} and {other.path}"
-        for what, shared in _shared(one, other, digests).items():
+        for what, shared in _shared(one, other, digests, families or {}).items():
             if shared:
                 problem, names = f"{what} in both: {len(shared)}", tuple(sorted(shared))
+                fix = f"split by {'family' if what == 'families' else 'target'} (topoqa split)"
                 findings.append(Finding("error", "leak", where, problem, fix, names))
     return findings + _unknown_targets(label_files)
 
-
-def _shared(one: LabelFacts, other: LabelFacts, digests: dict[str, str]) -> dict[str, Collection[str]]:
+# %% ../../nbs/1_data/19b_audit.ipynb #19b-400
+def _shared(
+    one: LabelFacts, other: LabelFacts, digests: Mapping[str, str], families: Mapping[str, str]
+) -> dict[str, Collection[str]]:
     "What two label files have in common, by kind."
+    related = [{families.get(target) for target in file.targets.values()} - {None} for file in (one, other)]
     content = {digests[name] for name in one.dockq.keys() & digests.keys()}
     return {
         "targets": set(one.targets.values()) & set(other.targets.values()) - {None},
@@ -121,6 +126,7 @@ def _shared(one: LabelFacts, other: LabelFacts, digests: dict[str, str]) -> dict
         "identical graphs": [
             name for name in other.dockq if digests.get(name) in content and name not in one.dockq
         ],
+        "families": related[0] & related[1],
     }
 
 
@@ -175,11 +181,12 @@ def audit(
     graph_dir: str | Path,  # a directory of graphs
     labels: Sequence[str | Path] = (),  # label files, such as train.csv and val.csv
     *,
+    families: str | Path | None = None,  # CSV with target and family: a family in two label files is a leak
     target_regex: str | None = None,  # finds the target of a graph in no folder, see `target_of`
     trust_pickles: bool = False,  # True loads any pickle, which may run code
 ) -> Audit:
-    "List all that is wrong with a data set. Raises `DataError` only if a directory or label file is not there."
-    files = list_graphs(graph_dir)
+    "List all that is wrong with a data set. Raises `DataError` if a directory or label file is not there, or families are none."
+    files, known = list_graphs(graph_dir), read_families(families) if families else None
     for path in map(Path, labels):
         if not path.is_file():
             raise DataError(path, "a label file", "no such file", "check the path")
@@ -191,10 +198,21 @@ def audit(
         facts, more = label_facts(path, files, target_regex=target_regex)
         label_files += [facts] if facts else []
         findings += more
-    findings += leak_findings(label_files, graphs) + interface_findings(graphs)
+    findings += leak_findings(label_files, graphs, known) + interface_findings(graphs)
+    findings += _unknown_families(label_files, known)
     findings += duplicate_findings(graphs) + constant_findings(graphs, columns)
     findings += unlabelled_findings(label_files, files) if label_files else []
     return Audit(Path(graph_dir), len(files), graphs, label_files, sorted(findings, key=_rank))
+
+
+def _unknown_families(label_files: Sequence[LabelFacts], families: Mapping[str, str] | None) -> list[Finding]:
+    "Targets that no family is known of, where families were given."
+    targets = {target for file in label_files for target in file.targets.values() if target}
+    unknown = tuple(sorted(targets - {*(families or targets)}))
+    problem = f"targets of no family, so that their leaks are not seen: {len(unknown)} of {len(targets)}"
+    return [Finding("warning", "leak", "families", problem, "add the targets to the file", unknown)] * bool(
+        unknown
+    )
 
 
 def _rank(finding: Finding) -> int:

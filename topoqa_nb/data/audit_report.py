@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .audit import Audit, LabelFacts
 from .audit_graphs import Finding, GraphFacts
+from .labels import QUALITY_LIMITS, label_distribution
 from ..ground.console import UNWRAPPED, rendered
 from ..ground.core import plain
 
@@ -52,7 +53,7 @@ def _label_summary(labels: LabelFacts) -> dict[str, object]:
         "with_graph": len(labels.dockq),
         "dropped_rows": labels.dropped,
         "targets": len(set(labels.targets.values()) - {None}),
-        "dockq": _spread(list(labels.dockq.values())),
+        "dockq": label_distribution(labels.dockq.values()),
     }
 
 # %% ../../nbs/1_data/19c_audit_report.ipynb #19c-006
@@ -86,9 +87,18 @@ def _summary_lines(found: Audit) -> list[str]:
     for labels in numbers["labels"]:
         lines.append(
             f"{labels['path']}: {labels['labels']} labels, {labels['with_graph']} with a graph, "
-            f"{labels['targets']} targets, DockQ {_range_text(labels['dockq'], '.3f')}"
+            f"{labels['targets']} targets, DockQ {_range_text(labels['dockq'], '.3f')}{_shares_text(labels['dockq'])}"
         )
     return lines
+
+
+def _shares_text(dockq: dict[str, float] | None) -> str:
+    if dockq is None:
+        return ""
+    shares = (
+        f"{100 * dockq[f'at_least_{limit:.2f}']:.0f} % >= {limit:.2f}" for limit in QUALITY_LIMITS.values()
+    )
+    return f"; {', '.join(shares)}"
 
 
 def _range_text(spread: dict[str, float] | None, form: str) -> str:

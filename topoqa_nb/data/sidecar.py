@@ -72,6 +72,17 @@ def _json_object(path: Path) -> tuple[dict, str | None]:
     return content, None
 
 # %% ../../nbs/1_data/14_sidecar.ipynb #14-018
+def _bare_keys(path: Path, content: dict[str, object], names: Sequence[str]) -> list[str]:
+    "A note on entries whose keys are names of files without the folder that the graphs are in."
+    bare = [name for name in names if name not in content and name.rsplit("/", 1)[-1] in content]
+    if not bare:
+        return []
+    stem = bare[0].rsplit("/", 1)[-1]
+    return [
+        f"warning: {path}: not used for {len(bare)} of {len(names)} graphs, its keys are {stem} and the like, not {bare[0]}"
+    ]
+
+
 def _gaps(path: Path, claims: dict[str, list[Claim]], entries: int, graphs: int) -> list[str]:
     "One note for graphs without an entry, one for each fact that entries lack."
     notes = []
@@ -113,7 +124,7 @@ def read_sidecar(
     entries = {name: content[name] for name in names if name in content}
     claims = gather(entries)
     builder = content.get("_builder")
-    notes = _gaps(path, claims, len(entries), len(names))
+    notes = _gaps(path, claims, len(entries), len(names)) + _bare_keys(path, content, names)
     return Sidecar(path, claims, builder if isinstance(builder, dict) else {}, notes)
 
 # %% ../../nbs/1_data/14_sidecar.ipynb #14-030

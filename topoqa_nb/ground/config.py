@@ -356,6 +356,9 @@ class LoadedConfig:
     notes: list[str]  # remarks for the user
 
 # %% ../../nbs/0_ground/06_config.ipynb #06-051
+_WITHOUT_EFFECT = "logging.log_every_n_steps"  # of the original stack; nothing is logged between epochs
+
+
 def load_config(
     source: str | Path | None,  # a file, the name of a shipped one, or None for the defaults
     overrides: Iterable[str] | Mapping[str, object] = (),  # of the command line: win over everything
@@ -380,6 +383,8 @@ def load_config(
         config, note = _without_trust(config, settings[_TRUST].where)
         notes.append(note)
         applied.pop(_TRUST, None)
+    if config.logging.log_every_n_steps != FIELDS[_WITHOUT_EFFECT].default:
+        notes.append(f"{settings[_WITHOUT_EFFECT].where}: has no effect, metrics are logged once an epoch")
     return LoadedConfig(config, path, read_text(path) if path else "", applied, notes)
 
 

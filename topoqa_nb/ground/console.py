@@ -147,6 +147,7 @@ _LASTING = (
     "ramdisk",
     "predict",
     "export",
+    "build",
 )  # go on when nobody reads along
 
 

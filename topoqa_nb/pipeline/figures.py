@@ -16,9 +16,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..answers.evaluation_figures import plot_decoys
 from ..answers.measures import QUALITY_LIMITS
 from ..data.batches import Split
-from ..ground.figure_style import COLOURS, LINES, MARKERS, as_label, legend_below, new_figure
+from ..ground.figure_style import COLOURS, LINES, as_label, legend_below, new_figure
+from .stage_record import run_loss
 from ..runs.record import RunDirectory
 from ..runs.runs import read_metrics
 
@@ -63,7 +65,7 @@ def read_curves(
     limit: int = 12,  # curves; more cannot be told apart on one figure
 ) -> dict[str, pd.DataFrame]:  # run name -> metrics.csv, best run first
     "The metrics of every epoch of the best runs."
-    scored = sorted((run for run in runs if run["score"] is not None), key=lambda run: run["score"])
+    scored = sorted((run for run in runs if run["score"] is not None), key=run_loss)
     folders = {run["run_name"]: Path(run_root) / run["run_dir"] for run in scored[:limit]}
     return {name: read_metrics(RunDirectory(folder)) for name, folder in folders.items()}
 
@@ -141,23 +143,7 @@ def plot_predictions(
     split: Split,
     title: str,  # whose predictions these are
 ) -> Figure:
-    "Predicted against true DockQ, a colour and marker for each target."
-    figure, (axis,) = new_figure(size=(5.6, 4.4))
-    dockq = split.dockq.numpy()
-    names = [target or "unknown target" for target in split.targets]
-    for position, target in enumerate(sorted(set(names))):
-        chosen = np.array([name == target for name in names])
-        marker = MARKERS[(position + position // len(COLOURS)) % len(MARKERS)]
-        axis.scatter(dockq[chosen], scores[chosen], s=24, marker=marker, color=COLOURS[position % len(COLOURS)], alpha=0.75, linewidths=0, label=as_label(target))  # fmt: skip
-    axis.plot([0, 1], [0, 1], color="0.4", linestyle=":", linewidth=1)
-    axis.set(
-        title=as_label(title),
-        xlabel="true DockQ",
-        ylabel="predicted DockQ",
-        xlim=(-0.02, 1.02),
-        ylim=(-0.02, 1.02),
-    )
-    axis.set_aspect("equal")
-    columns = 1 + len(set(names)) // 19
-    figure.legend(title="target", loc="outside right upper", fontsize=8, frameon=False, ncols=columns)
-    return figure
+    "Predicted against true DockQ; up to ten targets have a colour and marker each."
+    targets = [target or "unknown target" for target in split.targets]
+    decoys = {"target": targets, "prediction": scores, "dockq": split.dockq.numpy()}
+    return plot_decoys(pd.DataFrame(decoys), title)

@@ -8,16 +8,13 @@ __all__ = ['QUIET_KERNEL', 'injected_names', 'check_parameters', 'export_html', 
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-002
 import ast
-import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import nbconvert
 import papermill
 from IPython import get_ipython
 
-from ..ground.config import load_config
 from topoqa_nb.ground.core import (
     CheckpointError,
     ConfigError,
@@ -29,7 +26,9 @@ from topoqa_nb.ground.core import (
     write_text,
 )
 from ..ground.files import find_file
+from ..ground.html_page import Answer
 from ..ground.signals import interruptible
+from .notebook_page import notebook_page
 from topoqa_nb.pipeline.parameters import (
     PipelineParameters,
     absolute_parameters,
@@ -38,9 +37,11 @@ from topoqa_nb.pipeline.parameters import (
 )
 from .plan import STAGES, Pipeline, claim_reports, hold_reports, settle
 from .stage_record import is_completed, read_stage, restored_error, stage_file
-from ..runs.leaderboard import best_file, leaderboard
+from .standing import notebook_answer
+from ..runs.leaderboard import best_file, comparable
 from ..runs.record import RunDirectory, read_record
 from ..runs.runs import find_run
+from ..training.validation import parent_data
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-005
 def injected_names(
@@ -64,11 +65,10 @@ def check_parameters(
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-011
 def export_html(
     notebook: Path,  # that was executed
+    answer: Answer = (),  # the box on top; empty: none
 ) -> Path:
     "An executed notebook as one HTML page beside it."
-    quiet = logging.Logger("nbconvert", logging.ERROR)  # it warns about figures without alternative text
-    page, _ = nbconvert.HTMLExporter(log=quiet).from_filename(str(notebook))
-    return write_text(notebook.with_suffix(".html"), page)
+    return write_text(notebook.with_suffix(".html"), notebook_page(notebook, answer))
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-014
 QUIET_KERNEL = ["--log-level=CRITICAL"]  # it reports its own shutdown as an error
@@ -91,7 +91,7 @@ def execute_notebook(
     except Exception as error:  # papermill raises its own, nbclient's and the kernel's
         problem = error
     if target.exists():
-        export_html(target)
+        export_html(target, notebook_answer(target))
     return problem
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-101
@@ -171,7 +171,10 @@ def _run_to_tune(root: Path, checkpoint: Path | None, run_dir: Path | None) -> R
     if checkpoint:
         run = RunDirectory.of_checkpoint(checkpoint.resolve())
         return run if run.exists else None
-    ranked = [row for row in leaderboard(root) if row["status"] == "completed" and row["score"] is not None]
+    rows, left_out = comparable(root)
+    ranked = [row for row in rows if row["status"] == "completed" and row["score"] is not None]
+    if left_out:
+        print(left_out, file=sys.stderr)
     if not ranked:
         raise RunError(root, "a completed run", "none", "run a sweep first, or name a checkpoint")
     return find_run(root, ranked[0]["run_name"])
@@ -190,12 +193,7 @@ def fine_tune_values(
         raise CheckpointError(run.checkpoints, "a best checkpoint", "none", "name one with --checkpoint")
     data = {}
     if not values.get("graph_dir"):
-        if run is None or run.is_original:
-            found = f"none, and {start} lies in no run that names them"
-            raise ConfigError(
-                "graph_dir", "the graphs to fine-tune on", found, "name them with -p graph_dir DIR"
-            )
-        paths = load_config(run.config_file).config.paths
-        names = {"graph_dir": paths.graph, "train_labels": paths.train_labels, "val_labels": paths.val_labels}
-        data = {name: str(path) for name, path in names.items()}
+        found = parent_data(start)
+        names = {"graph_dir": "graph", "train_labels": "train_labels", "val_labels": "val_labels"}
+        data = {name: str(found[key]) for name, key in names.items()}
     return data | {"skip_sweep": True, "resume_from": str(start)} | dict(values)

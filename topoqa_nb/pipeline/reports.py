@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRIC_NAMES', 'show', 'dataset_table', 'schema_table', 'runs_table', 'winner_sentence', 'phases_table',
-           'metrics_table', 'comparison_table', 'evaluation_table', 'lineage_table', 'answer_text']
+           'metrics_table', 'comparison_table', 'evaluation_table', 'held_out_sentence', 'lineage_table', 'answer_text']
 
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-002
 import re
@@ -16,11 +16,13 @@ import pandas as pd
 from IPython.display import HTML
 from torch import Tensor
 
-from ..data.batches import Split
+from ..data.batches import Split, few
 from ..data.schema import FeatureSchema
 from ..network.metrics import regression_metrics
 from .figures import score_name
+from .stage_record import run_loss
 from ..runs.record import RunDirectory
+from ..runs.selection import HIGHER_IS_BETTER
 
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-005
 def show(
@@ -88,8 +90,8 @@ def _stage_row(stage: str, entry: Mapping) -> dict[str, object]:
 def runs_table(
     runs: Sequence[Mapping],  # records of the pipeline
 ) -> pd.DataFrame:  # best first; runs without a score last
-    "Runs ranked by their score, lower is better."
-    ranked = sorted(runs, key=lambda run: (run["score"] is None, run["score"] or 0.0))
+    "Runs ranked by their score."
+    ranked = sorted(runs, key=run_loss)
     rows = [
         {
             "rank": position + 1,
@@ -115,15 +117,20 @@ def winner_sentence(
     runs: Sequence[Mapping],  # records of the candidates
 ) -> str:
     "Which run won, by how much, and in what."
-    ranked = sorted((run for run in runs if run["score"] is not None), key=lambda run: run["score"])
+    ranked = sorted((run for run in runs if run["score"] is not None), key=run_loss)
     if not ranked:
-        return "No run has a score."
+        return (
+            "No run has a score."
+            if runs
+            else "No run was a candidate: the checkpoint to start from was given."
+        )
     best, metric = ranked[0], score_name(runs)
-    text = f"{best['run_name']} has the lowest {metric}, {best['score']:.5f} at epoch {best['best_epoch']}"
+    order, side = ("highest", "above") if metric in HIGHER_IS_BETTER else ("lowest", "below")
+    text = f"{best['run_name']} has the {order} {metric}, {best['score']:.5f} at epoch {best['best_epoch']}"
     if len(ranked) == 1:
         return f"{text}; it is the only candidate."
     second = ranked[1]
-    text += f", {second['score'] - best['score']:.5f} below {second['run_name']}, the next of {len(ranked)}."
+    text += f", {abs(second['score'] - best['score']):.5f} {side} {second['run_name']}, the next of {len(ranked)}."
     loss = 1 + sum(run["val_loss"] < best["val_loss"] for run in ranked)
     rank = 1 + sum(run["val_spearman"] > best["val_spearman"] for run in ranked)
     places = f"{_place(loss)} by val_loss ({best['val_loss']:.5f}) and {_place(rank)} by Spearman ({best['val_spearman']:.3f})"
@@ -212,6 +219,19 @@ def evaluation_table(
     table = metrics_table({summary["final"]["run_name"]: test["metrics"]})
     return table.assign(**counts)
 
+# %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-401
+def held_out_sentence(
+    summary: Mapping,  # pipeline_summary.json
+) -> str:
+    "Whether the test labels played no part in any choice."
+    test = summary["test"]
+    if not test:
+        return "No test labels were given."
+    if seen := test.get("seen_before"):
+        part = f"{len(seen)} of the {test['coverage']['usable']} decoys are in the training or validation labels too"
+        return f"{part} ({few(seen)}): on those this is no test. The final model alone meets the rest, once."
+    return "They play no part in any choice; the final model alone meets them, once."
+
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-037
 def lineage_table(
     summary: Mapping,  # pipeline_summary.json
@@ -240,4 +260,8 @@ def answer_text(
         f"Validation:   {final['primary_metric']} {final['score']:.5f}, val_loss {final['val_loss']:.5f}, Spearman {final['val_spearman']:.3f}",
         f"Checkpoint:   {final['checkpoint']}  (in {summary['run_root']})",
     ]
+    lines += [f"Fine-tunes:   {summary.get('kept_parent')}"] * bool(summary.get("kept_parent"))
+    lines += ["Data:         the synthetic demo set; none of this is about real complexes"] * bool(
+        summary.get("data", {}).get("demo")
+    )
     return "\n".join(lines)

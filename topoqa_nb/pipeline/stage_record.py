@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['stage_file', 'read_stage', 'is_completed', 'error_record', 'restored_error', 'recorded_stage', 'relative_path',
-           'trained_score', 'run_record', 'stage_runs', 'best_run']
+           'trained_score', 'run_record', 'stage_runs', 'best_run', 'run_loss', 'kept_parent_text']
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-002
 import os
@@ -22,6 +22,7 @@ from ..ground.files import as_written
 from ..ground.settings import wrong_value
 from ..runs.record import RunDirectory, read_record
 from ..runs.runs import read_metrics
+from ..runs.selection import METRICS, as_loss
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-005
 def stage_file(
@@ -153,7 +154,7 @@ def trained_score(
 ) -> float | None:  # None before the first epoch
     "The best score among the epochs that a run trained itself, its parent left aside."
     values = read_metrics(run)[primary_metric].dropna()
-    return None if values.empty else float(values.min())
+    return None if values.empty else float(min(values, key=lambda value: as_loss(value, primary_metric)))
 
 # %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-025
 def run_record(
@@ -195,14 +196,32 @@ def stage_runs(
 def best_run(
     runs: Sequence[Mapping],  # records, see `run_record`
 ) -> Mapping | None:  # None: no completed run has a score
-    "The record with the lowest score."
+    "The record with the best score."
     folders = [run["run_dir"] for run in runs]
     scored = [run for run in runs if run["status"] == "completed" and run["score"] is not None]
     own = [run for run in scored if not _is_copy(run, folders)]
-    return min(own, key=lambda run: run["score"], default=None)
+    return min(own, key=run_loss, default=None)
+
+
+def run_loss(
+    run: Mapping,  # record, see `run_record`
+) -> float:  # lower is better, whatever the metric; infinity without a score
+    "What runs are sorted by."
+    return as_loss(run["score"], run.get("primary_metric") or METRICS[0])
 
 
 def _is_copy(run: Mapping, folders: Sequence[str]) -> bool:
     "Does a run hold the weights of a parent that is listed too?"
     parents = Path(run.get("parent_checkpoint") or "").parents
     return run.get("improved_on_parent") is False and any(Path(folder) in parents for folder in folders)
+
+# %% ../../nbs/7_pipeline/71_stage_record.ipynb #71-401
+def kept_parent_text(
+    runs: Sequence[Mapping],  # records of fine-tunes
+) -> str | None:  # None: every one of them beat its parent, or none was run
+    "How many fine-tunes are copies of what they started from."
+    kept = sum(run.get("improved_on_parent") is False for run in runs)
+    if not kept:
+        return None
+    text = f"{kept} of {len(runs)} fine-tunes kept their parent: no epoch was better"
+    return text + ("; their best checkpoints are one model, not an ensemble" if kept > 1 else "")

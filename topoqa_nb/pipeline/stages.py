@@ -10,11 +10,13 @@ __all__ = ['SHOWN_EPOCHS', 'Runner', 'SHAPES', 'print_progress', 'run_stage_jobs
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-002
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..data.batches import load_split
 from ..data.dataset import open_data
+from ..data.demo import is_demo
 from ..data.schema import resolve_schema
 from ..data.store import open_store
 from ..ground.config import config_differences, load_config
@@ -26,6 +28,7 @@ from topoqa_nb.pipeline.plan import (
     Pipeline,
     base_name,
     name_for_checkpoint,
+    seen_before,
     stage_overrides,
     sweep_jobs,
     unused,
@@ -33,6 +36,7 @@ from topoqa_nb.pipeline.plan import (
 from topoqa_nb.pipeline.stage_record import (
     best_run,
     is_completed,
+    kept_parent_text,
     read_stage,
     recorded_stage,
     relative_path,
@@ -40,12 +44,15 @@ from topoqa_nb.pipeline.stage_record import (
     stage_file,
     stage_runs,
 )
-from ..runs.record import RunDirectory, read_record
+from ..runs.comparability import Comparison, comparison_of
+from ..runs.original import original_settings
+from ..runs.record import RunDirectory, RunRecord, read_record
 from ..runs.runs import list_runs
 from ..sweep.jobs import SweepResult
 from ..sweep.manifest import Job, load_manifest
 from ..sweep.sweep import run_jobs
 from ..training.module import predict_split
+from ..training.validation import data_section
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-005
 SHOWN_EPOCHS = 20  # one line for so many epochs
@@ -163,13 +170,35 @@ def fine_tune_config(
 def earlier_runs(
     pipeline: Pipeline,  # its run root is looked through
 ) -> list[dict]:  # records of runs
-    "The completed runs of the run root that can be compared on these data."
+    "The completed runs of the run root that can be compared on these data; how many cannot is printed."
+    wanted, chosen, left_out = _comparisons(pipeline), [], Counter()
+    for run in list_runs(pipeline.run_root):
+        record = read_record(run)
+        if record.status == "completed" and record.selection.score is not None:
+            differences = [comparison_of(record).differences(each) for each in wanted]
+            if all(differences):
+                left_out["; ".join(differences[0])] += 1
+            else:
+                chosen.append(run_record("sweep", run, pipeline.run_root))
+    if left_out:
+        reasons = ", ".join(f"{count} ({reason})" for reason, count in left_out.items())
+        print(f"left out of the choice, not comparable: {reasons}")
+    return chosen
+
+
+def _comparisons(pipeline: Pipeline) -> list[Comparison]:
+    "What the scores of the pipeline rest on; the second names the data as earlier versions did."
     config = fine_tune_config(pipeline)
-    fingerprints = open_data(config).fingerprints
-    runs = [run for run in list_runs(pipeline.run_root) if read_record(run).data.fingerprint in fingerprints]
-    records = [run_record("sweep", run, pipeline.run_root) for run in runs]
-    metric = config.selection.primary_metric
-    return [run for run in records if run["status"] == "completed" and run["primary_metric"] == metric]
+    data = open_data(config)
+    sections = {
+        "selection": config.selection.model_dump(),
+        "training_parameters": config.model_dump(mode="json"),
+    }
+    facts = data_section(config, data)
+    return [
+        comparison_of(RunRecord(**sections, data=facts | {"fingerprint": fingerprint}))
+        for fingerprint in data.fingerprints
+    ]
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-024
 def sweep_stage(
@@ -180,15 +209,12 @@ def sweep_stage(
     earlier = read_stage(pipeline.reports_dir, "sweep")
     if is_completed(earlier):
         return earlier
-    skipped = pipeline.parameters.skip_sweep
-    record = {
-        "stage": "sweep",
-        "mode": "chosen among earlier runs" if skipped else "run",
-        "jobs": _jobs_of(earlier),
-    }
+    skipped, given = pipeline.parameters.skip_sweep, pipeline.parameters.resume_from
+    mode = ("the checkpoint given" if given else "chosen among earlier runs") if skipped else "run"
+    record = {"stage": "sweep", "mode": mode, "jobs": _jobs_of(earlier)}
     with recorded_stage(pipeline.reports_dir, record):
         if skipped:
-            record["runs"] = earlier_runs(pipeline)
+            record["runs"] = [] if given else earlier_runs(pipeline)
         else:
             tolerant = load_manifest(pipeline.manifest).continue_on_error
             record["runs"] = run_stage_jobs(pipeline, record, sweep_jobs(pipeline), runner, tolerant)
@@ -230,10 +256,15 @@ def parent_shapes(
 ) -> dict[str, object]:  # dotted key -> value
     "The model settings that a parent's weights need; none when the checkpoint does not lie in a run."
     run = RunDirectory.of_checkpoint(checkpoint)
-    if not run.config_file.is_file():
+    if not run.exists:
         return {}
-    model = load_config(run.config_file).config.model
-    return {f"model.{name}": getattr(model, name) for name in SHAPES}
+    model = (
+        original_settings(run.path).get("model")
+        if run.is_original
+        else read_record(run).settings.get("model")
+    )
+    stated = model if isinstance(model, Mapping) else {}  # nothing else of that configuration is asked for
+    return {f"model.{name}": stated[name] for name in SHAPES if name in stated}
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-035
 def phase_jobs(
@@ -275,6 +306,9 @@ def _phase(pipeline: Pipeline, stage: str, start: Mapping, base: str, runner: Ru
         jobs = phase_jobs(pipeline, stage, start, base)
         record["runs"] = run_stage_jobs(pipeline, record, jobs, runner)
         record["best"] = best_run(record["runs"])
+        record["kept_parent"] = sum(run["improved_on_parent"] is False for run in record["runs"])
+        if told := kept_parent_text(record["runs"]):
+            print(f"{stage}: {told}")
     return record
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-041
@@ -283,11 +317,11 @@ def phase2_stage(
     runner: Runner = run_jobs,  # starts the trainings
 ) -> dict:  # the record in phase2.json
     "Fine-tune once more with other seeds; a completed phase is returned as it is."
-    sweep, phase1 = needed(pipeline, "sweep", runner), needed(pipeline, "phase1", runner)
-    best = phase1["best"]
-    start = {"checkpoint": best["checkpoint"], "source": best["run_name"]}
-    if pipeline.parameters.phase2_from == "sweep":
-        start = sweep["start"]
+    sweep = needed(pipeline, "sweep", runner)
+    start = sweep["start"]
+    if pipeline.parameters.phase2_from == "phase1":
+        best = needed(pipeline, "phase1", runner)["best"]
+        start = {"checkpoint": best["checkpoint"], "source": best["run_name"]}
     return _phase(pipeline, "phase2", start, sweep["start"]["name"], runner)
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-044
@@ -337,7 +371,8 @@ def evaluate_on_test(
     scores = predict(pipeline.run_root / final["checkpoint"], split, schema=schema)
     metrics = regression_metrics(scores, split.dockq.numpy(), split.targets)
     metrics = {name.removeprefix("val_"): value for name, value in metrics.items()}
-    return {"labels": labels, "coverage": split.coverage.to_dict(), "metrics": metrics}
+    seen = seen_before(fine_tune_config(pipeline).paths).graphs  # before all that training is
+    return {"labels": labels, "coverage": split.coverage.to_dict(), "seen_before": seen, "metrics": metrics}
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-051
 def finish(
@@ -356,12 +391,18 @@ def finish(
         "completed": now(),
         "seconds": round(sum(record["seconds"] for record in stages.values()), 2),
         "run_root": pipeline.run_root,
-        "parameters": pipeline.parameters.model_dump(mode="json"),
-        "data": pipeline.data | {"demo": pipeline.demo},
+        "parameters": pipeline.parameters.model_dump(mode="json") | _used_manifest(pipeline),
+        "data": pipeline.data | {"demo": is_demo(pipeline.data["paths.graph"])},
         "stages": stages,
         "lineage": lineage_of(final, stages),
         "final": final,
+        "kept_parent": kept_parent_text(stage_runs(*list(stages.values())[1:])),
         "test": evaluate_on_test(pipeline, final, predict),
     }
     write_json(file, summary)
     return read_json(file, RunError)
+
+
+def _used_manifest(pipeline: Pipeline) -> dict[str, object]:
+    "The jobs that were run, also where nobody named them."
+    return {} if pipeline.parameters.skip_sweep else {"manifest": str(pipeline.manifest)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['best_file', 'check_damage', 'summarise', 'settings_fingerprint', 'leaderboard_row', 'ranked_rows', 'leaderboard',
-           'by_config', 'print_rows']
+           'comparable', 'by_config', 'print_rows']
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-003
 import csv
@@ -28,10 +28,11 @@ from topoqa_nb.ground.core import (
     sha256_json,
     to_json,
 )
-from .progress import left_text, progress
+from .comparability import comparison_text, grouped, left_out_text
+from .progress import ending_text, left_text, progress
 from .record import RunDirectory, RunRecord, Runtime, read_record
-from .runs import list_runs, read_metrics
-from .selection import best_checkpoint
+from .runs import best_scores, judged_by, list_runs, read_metrics
+from .selection import as_loss, best_checkpoint, direction, other_metric
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-008
 def best_file(
@@ -97,6 +98,7 @@ def summarise(
             "best": record.written.get("selection"),
             "best_checkpoint": best_file(run, record),
             "process": record.process,
+            "ending": ending_text(record),
             "progress": progress(run, record),
             "runtime": _typical(record.runtime),
             "schema": _schema_summary(run),
@@ -134,6 +136,7 @@ def leaderboard_row(
     gone = _checkpoints_are_gone(run, record)
     return {
         "rank": None,
+        "group": None,  # of runs that may be compared, from 1; which one is known beside the others
         "run_name": run.name,
         "status": record.status,
         "process": record.process,
@@ -154,52 +157,83 @@ def leaderboard_row(
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-026
 def ranked_rows(
     rows: Sequence[Mapping[str, object]],  # from `leaderboard_row`
-    limit: int | None = None,  # rows of each metric, > 0; None: all
-) -> list[dict[str, object]]:  # by metric, then by score; ranks start at 1 in each metric
-    "Rank within each metric; the default metric comes first. Rows without a score follow, without a rank."
+    limit: int | None = None,  # rows of each group, > 0; None: all
+) -> list[dict[str, object]]:  # by group, then by score; ranks start at 1 in each group
+    "Rank within each group. Rows without a score follow, without a rank."
     scored = [row for row in rows if row["score"] is not None]
-    metrics = sorted({row["metric"] for row in scored}, key=lambda name: (name != "selection_metric", name))
     ranked = []
-    for metric in metrics:
-        group = sorted((row for row in scored if row["metric"] == metric), key=_order)
+    for number in sorted({row["group"] for row in scored}):
+        group = sorted((row for row in scored if row["group"] == number), key=_order)
         ranked += [{**row, "rank": rank} for rank, row in enumerate(group[:limit], start=1)]
     return ranked + [dict(row) for row in rows if row["score"] is None][:limit]
 
 
 def _order(row: Mapping[str, object]) -> tuple:
     loss = row["val_loss"]
-    return row["score"], math.inf if loss is None else loss, row["run_name"]
+    score = as_loss(row["score"], row["metric"])
+    return score, math.inf if loss is None else loss, row["run_name"]
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-029
-def leaderboard(
-    root: str | Path,  # the run root
-    limit: int | None = None,  # rows of each metric, > 0; None: all
-) -> list[dict[str, object]]:  # plain types, ready for JSON
-    "Runs by best score. Raises `RunError` when the run root does not exist."
+_REPORTED = ("val_pearson_corr", "val_target_spearman", "val_ranking_loss")  # of the best checkpoint
+
+
+def _read_rows(root: Path, metric: str | None) -> tuple[list[dict], list[dict], str | None]:
+    "Rows of runs in their groups, rows of those that cannot be read, and what does not belong to the first group."
     if not Path(root).is_dir():
         fix = "check the path of the run root"
         raise RunError(root, "the folder that holds the runs", "no such directory", fix)
-    rows, unreadable = [], []
+    if metric:
+        other_metric(metric)  # a name that is none is refused
+    rows, unreadable, records = [], [], []
     for run in list_runs(root):
         try:
-            record = read_record(run)
-            read_metrics(run)  # a half-written file makes the run unreadable
-            rows.append(leaderboard_row(record, run) | progress(run, record))
+            record, metrics = read_record(run), read_metrics(run)  # a half-written one is unreadable
+            scores = best_scores(record, metrics)
+            record = judged_by(record, metrics, metric) if metric else record
+            reported = {name: scores[name] for name in _REPORTED}
+            rows.append(leaderboard_row(record, run) | reported | progress(run, record))
+            records.append(record)
         except (TopoqaError, OSError) as problem:
             told = {"status": "unreadable", "metric": None, "reason": str(resource_error(problem) or problem)}
-            unreadable.append({**leaderboard_row(RunRecord(), run), **told})
+            unreadable.append({**leaderboard_row(RunRecord(), run), **dict.fromkeys(_REPORTED), **told})
+    scored = [place for place, row in enumerate(rows) if row["score"] is not None]
+    groups = grouped([records[place] for place in scored])
+    for number, group in enumerate(groups, start=1):
+        for member in group.members:
+            rows[scored[member]] |= {"group": number, "comparison": comparison_text(group.comparison)}
+    return rows, unreadable, left_out_text(groups)
+
+# %% ../../nbs/3_runs/35_leaderboard.ipynb #35-400
+def leaderboard(
+    root: str | Path,  # the run root
+    limit: int | None = None,  # rows of each group, > 0; None: all
+    metric: str | None = None,  # one of `METRICS` that ranks them all; None: each by its own
+) -> list[dict[str, object]]:  # plain types, ready for JSON
+    "All runs, by group and best score. Raises `RunError` when the run root does not exist, `ConfigError` for no metric."
+    rows, unreadable, _ = _read_rows(Path(root), metric)
     return plain(ranked_rows(rows, limit) + unreadable)
+
+
+def comparable(
+    root: str | Path,  # the run root
+    limit: int | None = None,  # rows, > 0; None: all
+    metric: str | None = None,  # one of `METRICS` that ranks them all; None: each by its own
+) -> tuple[list[dict[str, object]], str | None]:  # rows, and a line that counts and names what is left out
+    "As `leaderboard`, of the group alone that is meant when nobody says, and of runs without a score."
+    rows, unreadable, left_out = _read_rows(Path(root), metric)
+    shown = [row for row in rows if row["group"] == 1 or row["score"] is None]
+    return plain(ranked_rows(shown, limit) + unreadable), left_out
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-036
 def by_config(
     rows: Sequence[Mapping[str, object]],  # from `leaderboard`, all of them
-    limit: int | None = None,  # rows of each metric, > 0; None: all
-) -> list[dict[str, object]]:  # by metric, then by mean; ranks start at 1 in each metric
+    limit: int | None = None,  # rows of each group, > 0; None: all
+) -> list[dict[str, object]]:  # by group, then by mean; ranks start at 1 in each group
     "Mean and sample standard deviation over seeds, for runs of equal settings."
     groups: dict[tuple, dict] = {}
     for row in sorted((row for row in rows if row["rank"] is not None), key=lambda row: row["rank"]):
         if row["status"] == "completed":
-            groups.setdefault((row["metric"], row["settings"]), {}).setdefault(row["seed"], row)
+            groups.setdefault((row["group"], row["settings"]), {}).setdefault(row["seed"], row)
     return ranked_rows([_config_row(list(group.values())) for group in groups.values()], limit)
 
 
@@ -208,6 +242,8 @@ def _config_row(rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
     scores = [row["score"] for row in rows]
     return {
         "rank": None,
+        "group": rows[0]["group"],
+        "comparison": rows[0]["comparison"],
         "config": ", ".join(sorted({row["config"] or "defaults" for row in rows})),
         "settings": rows[0]["settings"],
         "metric": rows[0]["metric"],
@@ -241,7 +277,7 @@ def _run_cells(
     notes = [row["status"], process, "archived" if row["archived"] else None]
     epochs = None if row["epochs_done"] is None else f"{row['epochs_done']} of {row['epochs']}"
     facts = {"rank": row["rank"], "run": row["run_name"], "status": ", ".join(filter(None, notes))}
-    names = ("score", "epoch", "val_loss", "val_spearman", "mode")
+    names = ("score", "epoch", "val_loss", "val_spearman", *_REPORTED, "mode")
     last = {"epochs": epochs, "left": left_text(row), "reason": row["reason"]}
     return facts | {name: row[name] for name in names} | last
 
@@ -252,7 +288,8 @@ def _config_cells(
     "What the leaderboard shows of a group of seeds."
     names = {"rank": "rank", "config": "config", "score": "mean", "sd": "sd", "val_loss": "val_loss"}
     last = {"val_spearman": "val_spearman", "seeds": "seeds", "run_name": "best run"}
-    return {shown: row[name] for name, shown in (names | last).items()}
+    told = {"verdict": row["verdict"]} if "verdict" in row else {}
+    return {shown: row[name] for name, shown in (names | last).items()} | told
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-043
 def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
@@ -269,17 +306,17 @@ def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
 def _print_tables(
     rows: Sequence[Mapping[str, object]],  # from `leaderboard` or `by_config`
 ) -> None:
-    "A table for each metric, and one for what has no rank."
+    "A table for each group, and one for what has no rank."
     cells = _config_cells if rows and "seeds" in rows[0] else _run_cells
-    metrics = dict.fromkeys(row["metric"] for row in rows if row["rank"] is not None)
-    groups = {
-        f"ranked by {name}, lower is better": [row for row in rows if row["rank"] and row["metric"] == name]
-        for name in metrics
-    }
-    groups["not ranked"] = [row for row in rows if row["rank"] is None]
-    for title, group in groups.items():
-        if group:
-            _print_table(title, [cells(row) for row in group])
+    ranked = [row for row in rows if row["rank"] is not None]
+    numbers = dict.fromkeys(row["group"] for row in ranked)
+    for number in numbers:
+        group = [row for row in ranked if row["group"] == number]
+        title = f"ranked by {group[0]['metric']}, {direction(group[0]['metric'])}"
+        title += f"; {group[0]['comparison']}" if len(numbers) > 1 else ""
+        _print_table(title, [cells(row) for row in group])
+    if len(ranked) < len(rows):
+        _print_table("not ranked", [cells(row) for row in rows if row["rank"] is None])
     if not rows:
         print("no runs")
 

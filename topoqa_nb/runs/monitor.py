@@ -20,7 +20,7 @@ from rich.text import Text
 from ..ground.console import show, standard_output
 from ..ground.core import TopoqaError, plain, to_json
 from .leaderboard import best_file, check_damage
-from .progress import left_text, progress
+from .progress import ending_text, left_text, progress
 from .record import ENDED, RunDirectory, RunRecord, read_record
 from .runs import read_metrics
 from .selection import BEST
@@ -57,6 +57,24 @@ def _stated_parameters(
         if key in (record.settings.get(section) or {})
     }
 
+# %% ../../nbs/3_runs/36_monitor.ipynb #36-401
+_GENERATIONS = 20  # that are followed back; a record may name itself
+
+
+def _made_by(
+    record: RunRecord,  # of a run
+) -> dict[str, object]:  # dotted key -> value; nothing where the parent's run is not there
+    "The parameters that made the best checkpoint."
+    for _ in range(_GENERATIONS):
+        if record.selection.epoch != -1 or not record.lineage.parent_checkpoint:
+            return _stated_parameters(record)
+        parent = RunDirectory.of_checkpoint(record.lineage.parent_checkpoint)
+        try:
+            record = read_record(parent)
+        except (TopoqaError, OSError):
+            return {}
+    return {}
+
 # %% ../../nbs/3_runs/36_monitor.ipynb #36-011
 def snapshot(
     run: RunDirectory,
@@ -74,10 +92,11 @@ def snapshot(
             "process": record.process,
             "ended": record.process == "gone" or record.status in ENDED,
             "reason": record.reason,
+            "ending": ending_text(record),
             "best": {"metric": record.selection.primary_metric, **best},
             "best_checkpoint": best_file(run, record),
             "source_config": record.source_config,
-            "parameters": _stated_parameters(record),
+            "parameters": _made_by(record),
             "parent_checkpoint": record.lineage.parent_checkpoint,
             "progress": progress(run, record),
             "metrics": metrics.tail(rows).to_dict("records") if rows else [],
@@ -111,7 +130,7 @@ def change_line(
         f"{far['epochs_done']} of {far['epochs']} epochs",
         f"best {_best_text(seen['best'])}",
         f"left: {left}" if left else None,
-        seen["reason"],
+        seen["reason"] or seen["ending"],
     ]
     return " | ".join(" ".join(part.split()) for part in parts if part)
 
@@ -146,14 +165,23 @@ def _described(
         "where": seen["path"],
         "status": _status_text(seen),
         "reason": seen["reason"],
+        "ended by": seen["ending"],
         "progress": f"{far['epochs_done']} of {far['epochs']} epochs",
         "left": left_text(far),
         "best": ", ".join([_best_text(best), *numbers]),
         "checkpoint": seen["best_checkpoint"] or "none yet",
-        "made by": ", ".join(f"{_short_name(key)} {value}" for key, value in seen["parameters"].items()),
+        "made by": _made_text(seen),
         "configuration": seen["source_config"],
         "parent": seen["parent_checkpoint"],
     }
+
+
+def _made_text(seen: Mapping[str, object]) -> str:
+    "The parameters of the best checkpoint, and whose they are where it is the parent."
+    made = ", ".join(f"{_short_name(key)} {value}" for key, value in seen["parameters"].items())
+    if seen["best"]["best_epoch"] != -1:
+        return made
+    return f"the parent's run: {made or 'its parameters are not known'}"
 
 
 def _short_name(key: str) -> str:

@@ -24,7 +24,7 @@ from ..ground.config import LEGACY_KEYS, sectioned
 from ..ground.core import RunError, check_file, plain, read_json
 from ..ground.files import linked_name, read_yaml
 from ..ground.settings import SelectionConfig, wrong_value
-from .selection import BEST, METRICS, Candidate, judge, parse_checkpoint_name, rank
+from .selection import BEST, Candidate, judge, parse_checkpoint_name, rank
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-008
 _ORIGINAL_NAMES = {
@@ -117,7 +117,7 @@ def joined_epochs(
     tables: Iterable[pd.DataFrame],  # from `read_table`, earliest first
 ) -> pd.DataFrame:  # one row an epoch, our column names
     "The rows of all starts of a run, one for each validated epoch."
-    tables = [_renamed(table) for table in tables]
+    tables = [_trained_rows(_renamed(table)) for table in tables]
     rows = pd.concat([pd.DataFrame(columns=["epoch", "val_loss"], dtype=float), *tables])
     rows = rows.groupby("epoch", as_index=False).last()  # the last value that is not empty
     rows = rows[rows.val_loss.notna()].reset_index(drop=True)
@@ -127,6 +127,16 @@ def joined_epochs(
 def _renamed(table: pd.DataFrame) -> pd.DataFrame:
     names = {theirs: ours for theirs, ours in _ORIGINAL_NAMES["metrics.csv"].items() if ours not in table}
     return table.rename(columns=names)
+
+
+def _trained_rows(table: pd.DataFrame) -> pd.DataFrame:
+    "Without validations of an epoch that was not trained again in between: an average of the weights, for one."
+    if not {"train_loss", "val_loss"} <= set(table):
+        return table
+    trained = table.train_loss.notna().groupby(table.epoch).transform("sum")
+    validated = table.val_loss.notna()
+    count = validated.groupby(table.epoch).cumsum()
+    return table[~(validated & (count > trained.clip(lower=1)))]
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-101
 def trained_epochs(
@@ -194,7 +204,7 @@ def original_rule(
 ) -> SelectionConfig:
     "How an old run judged its epochs. Raises `RunError` for a value that judges nothing."
     primary = stated.get("primary_metric")
-    if primary not in METRICS:
+    if primary not in ("selection_metric", "val_loss"):  # the two that it knew
         use = "sel-" in "".join(filenames) if filenames else stated.get("use_val_spearman", True)
         primary = "selection_metric" if use else "val_loss"
     names = ("use_val_spearman", "spearman_min_delta", "spearman_weight")

@@ -104,7 +104,7 @@ def initial_metadata(
         "identity": secrets.token_hex(16),  # its checkpoints carry it too
         "status": "running",  # then completed, interrupted or failed
         "created": now(),
-        **dict.fromkeys(("completed", "reason")),  # known at the end
+        **dict.fromkeys(("completed", "reason", "ending")),  # known at the end
         "command": shlex.join(map(str, sys.argv if command is None else command)),
         "source_config": loaded.source,
         "overrides": loaded.overrides,
@@ -149,6 +149,11 @@ _FileName = Annotated[
     str, Field(strict=True, pattern=r"^[^/\\\x00]+$")
 ]  # in model_checkpoints/, and nowhere else
 
+
+_TruthOrNothing = Annotated[
+    bool | None, BeforeValidator(lambda value: value if isinstance(value, bool) else None)
+]
+
 # %% ../../nbs/3_runs/32_record.ipynb #32-602
 _T = TypeVar("_T")
 
@@ -164,11 +169,20 @@ class _Part(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+# %% ../../nbs/3_runs/32_record.ipynb #32-401
+class _Part(BaseModel):
+    "A mapping; further keys may be anything."
+
+    model_config = ConfigDict(frozen=True)
+
 # %% ../../nbs/3_runs/32_record.ipynb #32-016
 class Selection(_Part):
     "By what a run is ranked, and its best epoch."
 
     primary_metric: Literal[METRICS] | None = None
+    use_val_spearman: _TruthOrNothing = None  # None: nobody knows, as for the two that follow
+    spearman_min_delta: _Number = None
+    spearman_weight: _Number = None
     score: _Number = Field(None, alias=BEST["score"])
     epoch: _Number = Field(None, alias=BEST["epoch"])
     val_loss: _Number = Field(None, alias=BEST["val_loss"])
@@ -218,11 +232,15 @@ class Progress(_Part):
     epoch: _Number = None
     epochs: _Number = None
 
-
+# %% ../../nbs/3_runs/32_record.ipynb #32-400
 class Data(_Part):
     "What was trained on."
 
     fingerprint: _Text = None  # sha256 of labels and graphs; None: they were never opened
+    validation: _Text = None  # sha256 of the decoys that epochs are judged by; None: an earlier version
+    decoys: _Number = None  # how many those are
+    graph_dir: _TextOrNothing = None  # where the graphs lay
+    demo: _TruthOrNothing = None  # the synthetic data set
 
 
 class Tracked(_Part):
@@ -284,6 +302,7 @@ class RunRecord(_Kept):
     identity: _Text = None  # its checkpoints carry it too
     status: _Text = None  # running, or one of `ENDED`; unknown for some runs of the original stack
     reason: _Text = None
+    ending: _Text = None  # in words; None: it is going, or an earlier version
     created: _Text = None
     completed: _Text = None
     source_config: _Text = None

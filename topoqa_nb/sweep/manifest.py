@@ -240,7 +240,8 @@ def describe_job(
         lines.append(f"  fine-tune of {job.resume_from}")
     changed = config_differences(load_config(None).config, job.loaded.config)
     if job.loaded.config.paths.graph is None:
-        lines.append("  paths.graph = the demo data set, written on first use")
+        whose = "those of the parent's run" if job.resume_from else "the demo data set, written on first use"
+        lines.append(f"  paths.graph = {whose}")
     return "\n".join(lines + [f"  {key} = {value}" for key, (_, value) in changed.items()])
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-025

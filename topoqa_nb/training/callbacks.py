@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUIET_LOGGERS', 'TerminalHandler', 'run_logs', 'progress_marks', 'epoch_line', 'ProgressLines', 'MetricRows',
            'RunRecorder', 'saved_seconds', 'EarlyStopping', 'has_stopped', 'check_written', 'LocalCheckpoints',
-           'copy_checkpoint', 'Ranking', 'ranking_record', 'saved_ranking', 'store_checkpoint', 'RankedCheckpoints',
-           'MetadataWriter']
+           'copy_checkpoint', 'Ranking', 'ranking_record', 'saved_ranking', 'plain_candidate', 'candidate_of',
+           'store_checkpoint', 'RankedCheckpoints', 'MetadataWriter']
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-003
 import io
@@ -319,13 +319,31 @@ def saved_ranking(
     state = checkpoint.get("callbacks", {}).get("RankedCheckpoints", {})
     return [Candidate(**candidate) for candidate in state.get("candidates", [])]
 
+
+def plain_candidate(
+    candidate: Candidate,
+) -> dict[str, object]:  # what `Candidate` takes; without a score where the two values that all have tell it
+    "As it is saved in a checkpoint."
+    return {name: value for name, value in asdict(candidate).items() if name != "score" or value is not None}
+
+
+def candidate_of(
+    row: Mapping[str, float],  # epoch and every metric
+    primary_metric: str,  # one of `METRICS`
+) -> Candidate:
+    "The epoch of a row of metrics.csv, or the parent of a fine-tune, as a candidate."
+    values = float(row["selection_metric"]), float(row["val_loss"]), row["epoch"]
+    if primary_metric in ("selection_metric", "val_loss"):
+        return candidate(*values)
+    return candidate(*values, (primary_metric, float(row[primary_metric])))
+
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-045
 def store_checkpoint(
     folder: Path,  # `model_checkpoints/` of a run
     new: Candidate,  # the epoch that has just ended
     ranking: Ranking,  # with the new one, if it is among the best
     before: Sequence[Candidate],  # what was kept until now
-    primary_metric: str,  # selection_metric or val_loss
+    primary_metric: str,  # one of `METRICS`
     save: Callable[[Path], object],  # writes the checkpoint of this moment
 ) -> None:
     "Save an epoch, set the links, delete what fell out."
@@ -346,8 +364,8 @@ class RankedCheckpoints(Checkpoint):
     def __init__(
         self,
         run: RunDirectory,  # its `checkpoints` folder is written
-        primary_metric: str,  # selection_metric or val_loss; lower is better
-        parent: Mapping[str, float] | None = None,  # selection_metric and val_loss of the weights to beat
+        primary_metric: str,  # one of `METRICS`
+        parent: Mapping[str, float] | None = None,  # every metric of the weights to beat
         identity: str | None = None,  # of the run, kept in every checkpoint
     ):
         self.run, self.primary_metric, self.parent = run, primary_metric, parent
@@ -365,14 +383,14 @@ class RankedCheckpoints(Checkpoint):
         self._save(trainer, module.epoch_row)
 
     def _save(self, trainer: Trainer, row: Mapping[str, float]) -> None:
-        new = candidate(float(row["selection_metric"]), float(row["val_loss"]), row["epoch"])
+        new = candidate_of(row, self.primary_metric)
         before, ranking = self.candidates, Ranking(*kept([*self.candidates, new], self.primary_metric))
         self.candidates = ranking.candidates  # the checkpoint that is saved now holds itself
         folder, primary = self.run.checkpoints, self.primary_metric
         store_checkpoint(folder, new, ranking, before, primary, trainer.save_checkpoint)
 
     def state_dict(self) -> dict[str, object]:
-        return {"candidates": [asdict(each) for each in self.candidates]}
+        return {"candidates": [plain_candidate(each) for each in self.candidates]}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         saved = saved_ranking({"callbacks": {type(self).__name__: state}})

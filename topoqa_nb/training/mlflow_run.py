@@ -26,7 +26,7 @@ from ..ground.core import RunError, plain
 from ..ground.settings import MlflowConfig
 from ..runs.record import Lineage, RunDirectory, RunRecord, read_record, update_metadata
 from ..runs.runs import read_metrics
-from ..runs.selection import RANK_LINKS
+from ..runs.selection import HIGHER_IS_BETTER, RANK_LINKS
 from .mlflow_store import MlflowStore, without_secrets
 
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-006
@@ -71,12 +71,14 @@ def resumed_parameters(
 # %% ../../nbs/4_training/43a_mlflow_run.ipynb #43a-015
 def metric_rows(
     metrics: pd.DataFrame,  # from `read_metrics`
-    primary_metric: str = "selection_metric",  # or val_loss; lower is better
+    primary_metric: str = "selection_metric",  # one of `METRICS`
     score_to_beat: float | None = None,  # of the weights a fine-tune started from
 ) -> dict[int, dict[str, float]]:  # epoch -> metric -> value
     "What MLflow gets of each epoch."
-    best = metrics[primary_metric].cummin()
-    best = best if score_to_beat is None else best.clip(upper=score_to_beat)
+    is_higher_better = primary_metric in HIGHER_IS_BETTER
+    best = metrics[primary_metric].cummax() if is_higher_better else metrics[primary_metric].cummin()
+    if score_to_beat is not None:
+        best = best.clip(**{"lower" if is_higher_better else "upper": score_to_beat})
     table = metrics.assign(**{f"best_{primary_metric}": best})
     return {
         int(row["epoch"]): {name: float(value) for name, value in row.items() if math.isfinite(value)}

@@ -314,7 +314,8 @@ class TopoQAModule(ResumableModule):
 
     def on_validation_epoch_end(self) -> None:
         self.epoch_row = _epoch_row(self, self.scores.metrics())
-        self.log_dict({name: self.epoch_row[name] for name in ("val_loss", "selection_metric")})
+        logged = {"val_loss", "selection_metric", self.config.selection.primary_metric}
+        self.log_dict({name: self.epoch_row[name] for name in sorted(logged)})
 
 # %% ../../nbs/4_training/41_module.ipynb #41-039
 VALIDATION_BATCH = 64  # graphs at least; where nothing is learnt, large batches only save time

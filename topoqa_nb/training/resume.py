@@ -43,15 +43,19 @@ from .module import make_scheduler
 from .rewind import Start, find_start, finish_rewinds, next_folder, rewind
 from .tracking import open_tracker
 from topoqa_nb.training.training import (
-    Parent,
-    check_batch_limits,
     check_trainer,
     conclude,
     describe_start,
     fit,
-    read_parent,
     recorded,
     run_environment,
+)
+from topoqa_nb.training.validation import (
+    Parent,
+    check_batch_limits,
+    check_selection,
+    data_section,
+    read_parent,
 )
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-102
@@ -141,6 +145,12 @@ def drift(
         lines.append(
             f"data: fingerprint {before[:12]} in the run, {data.fingerprint[:12]} now (labels or graph files)"
         )
+    judged = metadata["data"].get("validation")  # None: an earlier version
+    section = data_section(config, data)
+    if judged and before in data.fingerprints and judged != section["validation"]:
+        lines.append(
+            f"trainer.limit_val_batches: epochs of the run were judged by other decoys than the {section['decoys']} now"
+        )
     return lines + (schema_differences(trained_on, data.schema) if trained_on else [])
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-505
@@ -164,7 +174,11 @@ def check_drift(
     changes: list[str],  # from `drift`
     accept_drift: bool,  # go on all the same
 ) -> None:
-    "Raise `ConfigError` with every change, unless changes are accepted."
+    "Raise `ConfigError` with every change, unless changes are accepted; the metric that ranks never changes."
+    if other := [line for line in changes if line.startswith("selection.primary_metric:")]:
+        expected = "the metric by which its checkpoints are ranked"
+        fix = "undo the change, or start a new run from a checkpoint: topoqa run --resume-from"
+        raise ConfigError(run.path, expected, other[0], fix)
     if changes and not accept_drift:
         expected = "the configuration and the data that the run was started with"
         raise ConfigError(run.path, expected, "; ".join(changes), "undo the changes, or add --accept-drift")
@@ -398,7 +412,7 @@ def note_resume(
     entry = {"at": now(), "checkpoint": source, "after_epoch": start.epoch, "overrides": loaded.overrides}
     entry |= {"moved_to": aside.relative_to(run.path) if aside else None, "drift": changes}
     update_metadata(
-        run, status="running", completed=None, reason=None,
+        run, status="running", completed=None, reason=None, ending=None,
         training_parameters=loaded.config.model_dump(mode="json"),
         environment=run_environment(loaded.config, before["environment"]["threads"]),
         resumes=[*before.get("resumes", []), entry],
@@ -435,6 +449,7 @@ def resume(
             if start.source:
                 check_restorable(start, load_model(start.source)[0], loaded.config)
             check_batch_limits(loaded.config, data)
+            check_selection(loaded.config, data)
             check_trainer(loaded.config)
             parent = continued_parent(metadata, start, data, loaded.config)
             aside = rewind(run, start)

@@ -62,6 +62,7 @@ class _SavedCandidate(_Saved):
     selection_metric: float
     val_loss: float
     epoch: int
+    score: float | None = None
 
 
 class _SavedRanking(_Saved):
