@@ -460,7 +460,7 @@ def test_test_labels_that_were_seen_are_refused_or_counted(given, tmp_path, tiny
     run = opened(partly, tmp_path)
     assert any(note.startswith("warning: ") and "test labels" in note for note in run.notes)
     sweep_stage(run, StandIn())
-    summary = finish(run, lambda checkpoint, split: np.linspace(0, 1, len(split)))
+    summary = finish(run, lambda checkpoint, split, schema: np.linspace(0, 1, len(split)))
     counted = len(rest.read_text().splitlines()) - 1
     assert len(summary["test"]["seen_before"]) == counted
     assert f"{counted} of the" in held_out_sentence(

@@ -15,7 +15,7 @@ from typing import Annotated, get_args, get_origin
 
 import typer
 
-from .entry import DryRun, Jobs, Override, app, joined_pairs
+from .entry import AutoJobs, DryRun, Override, app, joined_pairs
 from .ground.core import ConfigError, to_json
 from .ground.files import parse_yaml
 from .ground.machine import fast_import
@@ -128,7 +128,7 @@ def _option(parameter: str) -> inspect.Parameter:
     metavar = "KEY=VALUE" if get_origin(field.annotation) is dict else None
     shown = {"metavar": metavar, "help": field.description, "hidden": parameter in _HIDDEN}
     option = typer.Option(f"--{name.replace('_', '-')}", **shown)
-    hint = Jobs if name == "jobs" else Annotated[kind, option]  # a number or auto, as in other commands
+    hint = AutoJobs if name == "jobs" else Annotated[kind, option]  # a number or auto, as in other commands
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-009
@@ -154,7 +154,7 @@ def fine_tune_command(
     run_dir: Annotated[Path | None, typer.Option(help="Run to start from; default: the best run.")] = None,
     run_root: Annotated[str | None, typer.Option(help="Where runs are looked for, and go.")] = None,
     override: Override = [],  # noqa: B006
-    jobs: Jobs = None,
+    jobs: AutoJobs = None,
     parameter: Parameter = [],  # noqa: B006
     dry_run: DryRun = False,
 ) -> None:
