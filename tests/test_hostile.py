@@ -177,6 +177,10 @@ def test_no_cell_is_a_formula(capsys):
     assert names == ["'=1+1", "'+a", "'-b", "'@c", "plain"]
 
 
+def test_a_parameter_that_is_no_name_reaches_no_notebook(capsys):
+    assert "a name of letters, digits and _" in refusal(capsys, "pipeline", "-p", "x;import os;y=1")
+
+
 # --- links that are not links ---
 
 
