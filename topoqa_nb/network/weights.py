@@ -21,7 +21,7 @@ from torch import Tensor
 from ..data.saved import SavedKind, check_extent, read_saved
 from ..data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from ..ground.core import CheckpointError
-from ..ground.settings import ModelConfig
+from ..ground.settings import ModelConfig, wrong_value
 from .model import POOLING, TopoQANet, build_model
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-005
@@ -267,11 +267,11 @@ def _own_checkpoint(path: str | Path, content: Mapping[str, object]) -> _OwnChec
     try:
         return _OwnCheckpoint.model_validate(content)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where, expected = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Input should be ")
-        found = "nothing" if first["type"] == "missing" else type(first["input"]).__name__
-        fix = "copy the file again, or name another checkpoint"
-        raise CheckpointError(f"{path}: {where}", expected, found, fix) from None
+        wrong = wrong_value(problem)
+        is_missing, fix = wrong.kind == "missing", "copy the file again, or name another checkpoint"
+        expected = "a value" if is_missing else wrong.expected
+        found = "nothing" if is_missing else type(wrong.found).__name__
+        raise CheckpointError(f"{path}: {'.'.join(wrong.place)}", expected, found, fix) from None
 
 # %% ../../nbs/2_network/23_weights.ipynb #23-501
 def load_model(
