@@ -111,6 +111,7 @@ def read_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="a folder with graphs/, train.csv and val.csv")
     parser.add_argument("--graphs", type=int, default=400, help="random graphs (default %(default)s)")
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES), help="(default all)")
     parser.add_argument("--repeats", type=int, default=5, help="(default %(default)s)")
     parser.add_argument("--epochs", type=int, default=4, help="in a process, > 1 (default %(default)s)")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
@@ -127,7 +128,8 @@ def main() -> None:
         return
     print(machine())
     print(f"(a) warm epoch, one thread, all callbacks, {arguments.epochs} epochs in a process", flush=True)
-    for size, (nodes, edges) in SIZES.items():
+    for size in arguments.sizes:
+        nodes, edges = SIZES[size]
         if size == "real" and arguments.data:
             compare(
                 f"the graphs of {arguments.data.name}/", arguments.data, arguments.repeats, arguments.epochs

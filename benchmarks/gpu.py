@@ -68,11 +68,9 @@ def data_sets(arguments: argparse.Namespace, scratch: Path) -> Iterator[tuple[st
     if arguments.data:
         yield f"the graphs of {arguments.data.name}/", arguments.data
         return
-    for size, (nodes, edges) in SIZES.items():
-        yield (
-            f"400 random graphs, about {nodes} nodes and {edges} edges",
-            write_data_set(scratch / size, 400, size),
-        )
+    for size in arguments.sizes:
+        title = "{} random graphs, about {} nodes and {} edges".format(arguments.graphs, *SIZES[size])
+        yield title, write_data_set(scratch / size, arguments.graphs, size)
 
 
 def main() -> None:
@@ -80,6 +78,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, help="a folder with graphs/, train.csv and val.csv")
+    parser.add_argument("--graphs", type=int, default=400, help="random graphs (default %(default)s)")
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES), choices=list(SIZES), help="(default all)")
     parser.add_argument("--accelerator", default="cuda", help="(default %(default)s)")
     parser.add_argument("--precision", nargs="*", default=["32", "16-mixed"], help="(default both)")
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default %(default)s)")

@@ -9,7 +9,21 @@ from conftest import REPOSITORY
 
 FOLDER = REPOSITORY / "benchmarks"
 LITTLE = {
-    "epoch": ["--graphs", "40", "--repeats", "1", "--epochs", "2"],
+    "epoch": ["--graphs", "40", "--repeats", "1", "--epochs", "2", "--sizes", "real"],
+    "gpu": [
+        "--graphs",
+        "40",
+        "--repeats",
+        "1",
+        "--epochs",
+        "1",
+        "--sizes",
+        "real",
+        "--accelerator",
+        "cpu",
+        "--precision",
+        "32",
+    ],
     "start": ["--graphs", "40", "--repeats", "1"],
     "sweep": ["--graphs", "40", "--repeats", "1", "--epochs", "1"],
     "growth": ["--graphs", "40"],
@@ -19,6 +33,7 @@ LITTLE = {
 }
 SAID = {
     "epoch": "differ by at most",
+    "gpu": "together",
     "start": "of which the store",
     "sweep": "x the speed of the original's way",
     "growth": "peak memory: anonymous",

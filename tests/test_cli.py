@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -268,7 +269,7 @@ def test_what_a_run_refuses(
     assert sorted(path.name for path in root.iterdir()) == before
 
 
-@pytest.mark.parametrize(("header", "part"), [("NAME,dockq", "MODEL"), ("MODEL,DockQ", "dockq")])
+@pytest.mark.parametrize(("header", "part"), [("NAME,dockq", "MODEL"), ("MODEL,quality", "dockq")])
 def test_labels_without_their_columns(header: str, part: str, demo: DemoPaths, tmp_path: Path, capsys):
     labels = tmp_path / "labels.csv"
     labels.write_text(f"{header}\na,0.5\n")
@@ -329,7 +330,7 @@ def test_ctrl_c_before_a_training_began_is_130(monkeypatch: pytest.MonkeyPatch, 
     import topoqa_nb.training.training
 
     def interrupt(*arguments: object, **options: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(topoqa_nb.training.training, "train", interrupt)
     assert main(["run", "--config", "config.yaml"]) == 130
@@ -443,11 +444,11 @@ def test_a_batch_ends_with_its_table_and_a_code(
     words = ["--limit", "2", "--jobs", str(jobs), "--skip-completed", "--output-root", str(tmp_path)]
     assert main(["batch", "--manifest", "run_core.yaml", *words]) == code
     assert given.pop("names") == ["sched_boost_seed222", "sched_boost_lr035_seed222"]
+    assert callable(given.pop("say"))
     server = given.pop("server")  # it was importing meanwhile, and is closed
     assert server.process is None or server.process.returncode is not None
     assert given == {
         "jobs": jobs,
-        "say": print,
         "watch": topoqa_nb.sweep.sweep.UNWATCHED,  # standard output is no terminal here
         "continue_on_error": False,
         "skip_completed": True,

@@ -17,7 +17,7 @@ from kills import killed_at
 from test_kills import EVERY
 from test_pipeline import StandIn, given, opened, tiny  # noqa: F401
 from test_ramdisk import manifest, name, run, settings, stand_in  # noqa: F401
-from test_sweep import COMPLETES
+from test_sweep import COMPLETES, stand_ins  # noqa: F401
 from test_sweep import stand_in as job_stand_in
 
 from topoqa_nb.data.store import open_store

@@ -163,7 +163,7 @@ def test_a_loader_process_that_is_killed(signum: int, tmp_path: Path, demo: Demo
 def test_a_fault_of_the_program_is_in_the_log_of_the_run(
     tmp_path: Path, demo: DemoPaths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    def fault(*arguments: object) -> None:
+    def fault(*arguments: object, **options: object) -> None:
         raise KeyError("no such thing")
 
     monkeypatch.setattr("topoqa_nb.training.training.fit", fault)

@@ -370,7 +370,7 @@ def test_what_is_not_a_run(root, loaded):
         find_run(root, "shed_boost")
     with pytest.raises(RunError, match="without run_metadata.json"):
         find_run(root, "reports")
-    with pytest.raises(RunError, match="leaderboard --root"):
+    with pytest.raises(RunError, match="leaderboard --run-root"):
         find_run(root, "zzz")
     assert list_runs(root / "absent") == []
 

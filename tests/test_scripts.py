@@ -373,7 +373,7 @@ def test_run_fine_tune_only_starts_from_the_best_run(real):
 def test_ramdisk_run_pipeline_compares_two_real_pipelines(real):
     if filesystem_type(SHM) not in MEMORY_FILESYSTEMS or not os.access(SHM, os.W_OK):
         pytest.skip("needs a /dev/shm in memory that can be written")
-    name = f"topoqa-test-script-{os.getpid()}"
+    name = f"tq-{os.getpid()}"
     options = ["--manifest", "one.yaml", "--name", name, "--headroom", "16M", "--size", "64M"]
     variables = {"GRAPH_DIR": "data/graph_data", "SKIP_FINE": "1", "SAFE_RAMDISK_TEST_MODE": "0"}
     shown = real("ramdisk_run_pipeline.sh", *options, "--", "--fast-dev-run", **variables)

@@ -25,6 +25,7 @@ from topoqa_nb.ground.core import (
     read_json,
     sha256_file,
 )
+from ..ground.settings import wrong_value
 from ..network.model import TopoQANet
 from ..network.weights import EXPORTED, load_model, read_exported
 from ..runs.leaderboard import best_file
@@ -58,11 +59,12 @@ def _final_names(file: Path) -> tuple[Path, list[str]]:
     try:
         summary = _Summary.model_validate(read_json(file, RunError))
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where = f"{file}: {'.'.join(map(str, first['loc']))}"
-        raise RunError(
-            where, "the final answer of a pipeline", first["msg"], "run the pipeline again"
-        ) from None
+        wrong = wrong_value(problem)
+        where, found = (
+            f"{file}: {'.'.join(wrong.place)}",
+            "nothing" if wrong.kind == "missing" else repr(wrong.found),
+        )
+        raise RunError(where, "the final answer of a pipeline", found, "run the pipeline again") from None
     names = list(summary.final.checkpoints or ()) or [summary.final.checkpoint]
     if names == [None]:
         raise RunError(file, "a final checkpoint", "none", "name a run or a checkpoint")

@@ -417,8 +417,8 @@ def resource_error(
     kind: type[TopoqaError] = ResourceError,  # of the error to make
 ) -> TopoqaError | None:  # None: it is something else
     "What the machine has refused, in the words of the house."
-    if isinstance(problem, TopoqaError):
-        return None
+    if isinstance(problem, TopoqaError):  # of the same kind as ours, whatever it was met by
+        return kind(*problem.__reduce__()[1]) if isinstance(problem, ResourceError) else None
     text, code = _first_line(problem), _error_number(problem)
     if isinstance(problem, EOFError | ConnectionError) and _in_loader(problem):
         text = f"DataLoader worker (pid unknown) is gone: {text}"

@@ -11,7 +11,6 @@ __all__ = ['NOT_DRIFT', 'resumable_metadata', 'drift', 'check_drift', 'check_end
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from topoqa_nb.ground.core import (
 )
 from ..ground.files import as_written
 from ..ground.machine import process_state
-from ..ground.settings import Config, wrong_value
+from ..ground.settings import Config, PrimaryMetric, wrong_value
 from ..network.weights import load_model
 from ..runs.record import RunDirectory, check_not_original, read_metadata, update_metadata
 from ..runs.runs import read_metrics
@@ -81,7 +80,7 @@ class _KnownLineage(_Known):
 
 
 class _KnownSelection(_Known):
-    primary_metric: Literal["selection_metric", "val_loss"]
+    primary_metric: PrimaryMetric
 
 
 class _KnownCheckpoints(_Known):

@@ -38,7 +38,7 @@ from topoqa_nb.ground.core import (
 )
 from ..ground.machine import thread_count
 from ..ground.settings import Config
-from ..ground.signals import Interrupted, interruptible
+from ..ground.signals import Interrupted, forget_children, interruptible
 from ..network.model import build_model
 from ..runs.progress import ending_text
 from ..runs.record import RunDirectory, read_record, update_metadata
@@ -207,6 +207,7 @@ def recorded(
             log.info(f"Interrupted. {where_it_stands(run)}")
             raise
         except BaseException as problem:
+            forget_children()
             record.exception("The training failed")
             refused = resource_error(problem, TrainingError)
             told = refused or problem
