@@ -116,7 +116,9 @@ def test_what_stood_in_the_files_is_gone(either: ForkServer, tmp_path: Path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_arrives(either: ForkServer, signum: int, tmp_path: Path):
     code = "import signal, sys, time\n"
-    code += f"signal.signal({int(signum)}, lambda *seen: sys.exit(3))\nprint('ready')\ntime.sleep(60)"
+    code += (
+        f"signal.signal({int(signum)}, lambda *seen: sys.exit(3))\nprint('ready', flush=True)\ntime.sleep(60)"
+    )
     process = start(either, tmp_path, code)
     while not (tmp_path / "out").read_text():
         assert process.poll() is None
