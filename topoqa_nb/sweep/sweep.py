@@ -71,9 +71,14 @@ def _is_named_after(run: RunDirectory, job: Job) -> bool:
 
 
 def _settings(parameters: Mapping) -> dict:
-    "A resolved configuration without the place that its runs go to."
-    paths = parameters.get("paths") or {}
-    return {**parameters, "paths": {key: value for key, value in paths.items() if key != "save_dir"}}
+    "A resolved configuration without the place of its runs; what an earlier version did not know has its default."
+    known = {
+        name: {**default, **(parameters.get(name) or {})}
+        for name, default in Config().model_dump(mode="json").items()
+        if isinstance(default, Mapping)
+    }
+    paths = {key: value for key, value in known["paths"].items() if key != "save_dir"}
+    return {**parameters, **known, "paths": paths}
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-012
 def fingerprints_of(
