@@ -15,7 +15,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 from graphs import SIZES, write_data_set
-from measure import watched
+from measure import peak_text, watched
 
 SIDES = ("original", "store")
 
@@ -44,8 +44,7 @@ def compare(count: int, size: str) -> None:
         for side in SIDES:
             seconds, peak = watch(side, data, Path(folder))
             print(
-                f"  {count:5} graphs | {side:<8} epoch {seconds:6.2f} s | peak memory: anonymous "
-                f"{peak['anonymous']:5.0f} MB, mapped {peak['mapped']:5.0f} MB",
+                f"  {count:5} graphs | {side:<8} epoch {seconds:6.2f} s | {peak_text(peak)}",
                 flush=True,
             )
 

@@ -39,6 +39,11 @@ def ratio_line(name: str, times: list[float], original: list[float]) -> str:
     return f"{line} | {statistics.median(ratios):.2f} x the speed of the original's way"
 
 
+def peak_text(peak: dict[str, float]) -> str:
+    "What `watched` saw at most, in MB."
+    return f"peak memory: anonymous {peak['anonymous']:5.0f} MB, mapped {peak['mapped']:5.0f} MB"
+
+
 def machine() -> str:
     "What the figures belong to."
     model = "unknown processor"

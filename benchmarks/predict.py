@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
 from graphs import repeat_graphs, write_graphs
-from measure import machine, watched
+from measure import machine, peak_text, watched
 
 from topoqa_nb.answers.inference import Scorer
 from topoqa_nb.data.graphs import list_graphs, read_graph
@@ -68,8 +68,7 @@ def measure(count: int, source: Path | None, repeats: int) -> None:
         for way in WAYS:
             said, peak = watched([__file__, "--one", way, scratch, "--repeats", str(repeats)])
             print(
-                f"  {count:6} graphs | {way:<8} {count / float(said):6.0f} graphs a second | peak memory: anonymous "
-                f"{peak['anonymous']:5.0f} MB, mapped {peak['mapped']:5.0f} MB",
+                f"  {count:6} graphs | {way:<8} {count / float(said):6.0f} graphs a second | {peak_text(peak)}",
                 flush=True,
             )
 
