@@ -148,6 +148,9 @@ _LASTING = (
     "predict",
     "export",
     "build",
+    "label",
+    "cross-validate",
+    "search",
 )  # go on when nobody reads along
 
 
