@@ -335,10 +335,10 @@ def archive_command(
 
 # %% ../nbs/99_cli.ipynb #99-126
 ORDER = (
-    *("build", "label", "dockq"),
+    *("build", "label", "dockq", "families"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
-    *("predict", "evaluate", "compare", "split", "cross-validate", "report", "export"),
+    *("predict", "evaluate", "compare", "split", "cross-validate", "search", "report", "export"),
     *("validate", "cache", "env", "config", "demo-data"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Predictions', 'GraphDir', 'TrainLabels', 'Labels', 'Families', 'Bootstrap', 'Seed', 'Out', 'Overwrite', 'Format',
-           'print_table', 'evaluate_command', 'compare_command', 'split_command', 'cross_validate_command']
+           'print_table', 'evaluate_command', 'compare_command', 'split_command', 'cross_validate_command',
+           'search_command']
 
 # %% ../nbs/98b_evaluation_commands.ipynb #98b-003
 import sys
@@ -16,7 +17,7 @@ import typer
 from .answer_commands import Device, ModelOption, MoreModels, RunRoot, TargetRegex
 from .entry import RUN_ROOT, Jobs, Override, app
 from .ground.core import ConfigError, to_json
-from .ground.machine import fast_import
+from .ground.machine import available_cores, fast_import
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,3 +237,43 @@ def cross_validate_command(
     )
     for evaluation in found.values():
         print(*summary_lines(evaluation), sep="\n")
+
+# %% ../nbs/98b_evaluation_commands.ipynb #98b-101
+@app.command("search")
+def search_command(
+    space: Annotated[Path, typer.Option(help="YAML: what may vary, and what trials are judged by.")],
+    out: Annotated[Path, typer.Option(help="Folder of the search; made, or gone on with.")],
+    trials: Annotated[int, typer.Option(min=1, help="In all; the first is the default.")] = 20,
+    folds: Annotated[int, typer.Option(help="Runs of each trial, 3 or more.")] = 5,
+    families: Families = None,
+    override: Override = [],  # noqa: B006
+    output_root: Annotated[Path | None, typer.Option("--run-root", help="Run root of all runs.")] = None,
+    jobs: Jobs = 1,
+    bootstrap: Annotated[int, typer.Option(min=1, help="Resamples of the intervals.")] = 2000,
+    seed: Seed = 0,
+    winner: Annotated[Path | None, typer.Option(help="Also write the best configuration here.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --winner.")] = False,
+) -> None:
+    "Which configuration is best, and is it told apart from the default? Stopped, it goes on."
+    with fast_import():
+        from topoqa_nb.sweep.processes import PRELOADED, ForkServer
+        from topoqa_nb.sweep.search import check_winner, finish_search, plan_search, run_search
+        from topoqa_nb.sweep.sweep import run_jobs
+        from topoqa_nb.sweep.table import listeners
+
+    how = {"folds": folds, "seed": seed, "families": families, "overrides": override}
+    search = plan_search(space, out, **how, output_root=output_root)
+    check_winner(search, winner, overwrite)
+    say, _ = listeners()
+    with ForkServer(PRELOADED) as server:
+
+        def train(planned: list) -> object:
+            tell, watch = listeners()
+            heard = {"say": lambda line: " | Epoch " in line or tell(line), "watch": watch, "server": server}
+            return run_jobs(planned, jobs=jobs, name="search", skip_completed=True, **heard)
+
+        width = available_cores() if jobs == "auto" else jobs
+        found = run_search(search, trials, train=train, width=width, say=say)
+    answer = finish_search(search, found, bootstrap=bootstrap, winner=winner)
+    print(answer.table().to_string(index=False), "", answer.sentence(), sep="\n")
+    print(f"report: {search.out / 'answer' / 'search.html'}", file=sys.stderr)
