@@ -315,7 +315,7 @@ def test_a_narrow_terminal_breaks_no_name(root, capsys, monkeypatch):
         monkeypatch.setattr("topoqa_nb.ground.console.standard_output", terminal)
         _, out, err = topoqa(capsys, "leaderboard", "--root", root)
         assert all(name in out for name in names) and "no room for" in err
-        assert max(map(len, out.splitlines())) <= max(width, 4 + 2 + len(names[0]))
+        assert max(map(len, out.splitlines())) <= max(width, len(f"{names[1]}  failed"))
         assert (
             "sched_boost_finetune_seed101.yaml"
             in topoqa(capsys, "leaderboard", "--root", root, "--by-config")[1]
