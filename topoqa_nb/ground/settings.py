@@ -154,6 +154,8 @@ class ModelConfig(Section):
     num_layers: Integer = Field(2, ge=1, le=1024)  # attention layers
     dropout: Number = Field(0.25, ge=0, lt=1)  # on the attention weights
     edge_encoder: Literal["mlp", "linear"] = "mlp"  # how edge features become width H
+    residual: Flag = False  # each layer adds to its input, which it sees through a LayerNorm
+    size_features: Flag = False  # the readout also sees how many residues and contacts there are
 
 # %% ../../nbs/0_ground/04_settings.ipynb #04-022
 class DataloaderConfig(Section):
