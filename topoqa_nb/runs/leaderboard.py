@@ -27,7 +27,7 @@ from topoqa_nb.ground.core import (
 )
 from .comparability import comparison_text, grouped, left_out_text
 from .progress import ending_text, left_text, progress
-from .record import RunDirectory, RunRecord, Runtime, read_record
+from .record import RunDirectory, RunRecord, Runtime, complete_settings, read_record
 from .runs import best_scores, judged_by, list_runs, read_metrics
 from .selection import as_loss, best_checkpoint, direction, other_metric
 
@@ -117,7 +117,8 @@ def settings_fingerprint(
     record: RunRecord,  # of one run
 ) -> str:  # 12 hex digits
     "Equal for runs that differ in seed, in place, and in what is shown and copied alone."
-    settings = {name: keys for name, keys in record.settings.items() if name not in ("logging", "mlflow")}
+    complete = complete_settings(record.settings).items()
+    settings = {name: keys for name, keys in complete if name not in ("logging", "mlflow")}
     for section, key in (("dataloader", "seed"), ("paths", "save_dir")):
         stated = settings.get(section) or {}
         settings[section] = {name: value for name, value in stated.items() if name != key}
