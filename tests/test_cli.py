@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+import typer
 import yaml
 from conftest import forked, in_turn, speak_into
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
-from topoqa_nb.entry import joined_pairs
+from topoqa_nb.entry import app, joined_pairs
+from topoqa_nb.ground.console import console_for
 from topoqa_nb.ground.core import TrainingError
 from topoqa_nb.pipeline_commands import parameter_value
 from topoqa_nb.runs.record import read_metadata
@@ -346,6 +348,22 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert set(done.stderr.splitlines()) <= {
         note for note in done.stderr.splitlines() if "shipped file" in note
     }
+
+
+def commands_that_work_on() -> list[str]:
+    "Those that start processes of their own."
+    commands = typer.main.get_command(app).commands
+    return [name for name, command in commands.items() if any(one.name == "jobs" for one in command.params)]
+
+
+@pytest.mark.parametrize("command", commands_that_work_on())
+def test_work_goes_on_when_nobody_reads_along(command: str, monkeypatch: pytest.MonkeyPatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with console_for(command):
+            print("fold 1 of 5", flush=True)
 
 
 # --- looking at runs

@@ -198,6 +198,9 @@ _LASTING = (
     "predict",
     "export",
     "build",
+    "label",
+    "cross-validate",
+    "search",
 )  # go on when nobody reads along
 
 
