@@ -471,6 +471,7 @@ def test_a_batch_ends_with_its_table_and_a_code(
         "continue_on_error": False,
         "skip_completed": True,
         "executor": "local",
+        "ensemble": "on",
         "name": "run_core",
     }
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", status, "-0.25000", "3.0"]
@@ -536,7 +537,18 @@ def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch
     names = "graph_dir train_labels val_labels test_labels manifest run_root reports_dir resume_from phase1_config"
     words = [word for name in names.split() for word in (f"--{name.replace('_', '-')}", f"{name}.x")]
     words += ["--skip-sweep", "--skip-fine", "--fast-dev-run", "--phase2-from", "sweep", "--num-workers", "2"]
-    words += ["--jobs", "3", "--executor", "local", "--phase2-config", "a", "--phase2-config", "b"]
+    words += [
+        "--jobs",
+        "3",
+        "--executor",
+        "local",
+        "--ensemble",
+        "on",
+        "--phase2-config",
+        "a",
+        "--phase2-config",
+        "b",
+    ]
     words += ["--override", "seed=1", "--phase-override", "seed=2", "-p", "jobs", "auto"]
     assert main(["pipeline", *words]) == 0
     assert given == {name: f"{name}.x" for name in names.split()} | {
@@ -547,6 +559,7 @@ def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch
         "num_workers": 2,
         "jobs": "auto",
         "executor": "local",
+        "ensemble": "on",
         "phase2_configs": ["a", "b"],
         "overrides": ["seed=1"],
         "phase_overrides": ["seed=2"],
