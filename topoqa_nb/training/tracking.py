@@ -28,7 +28,8 @@ def where_to_look(
 ) -> str:  # a command or an address
     "How to see a run in a browser."
     if uri.startswith("http"):
-        return without_secrets(f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}")
+        address = f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        return without_secrets(f"{address}?workflowType=machine_learning")
     return f"run {run_id}; look at it with: mlflow ui --backend-store-uri '{without_secrets(uri)}'"
 
 # %% ../../nbs/4_training/43b_tracking.ipynb #43b-011
