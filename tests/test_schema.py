@@ -12,8 +12,8 @@ import torch
 from conftest import in_turn
 from torch_geometric.data import Data
 
+from topoqa_nb.build.interface import node_columns
 from topoqa_nb.data import sidecar as sidecar_module
-from topoqa_nb.data.demo import feature_groups, topoqa_node_columns
 from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema, resolve_schema, schema_differences
 from topoqa_nb.data.store import GraphStore, open_store
 from topoqa_nb.ground.core import DataError, SchemaError, to_json
@@ -419,7 +419,7 @@ def test_the_fingerprint_covers_what_matters():
 
 
 def test_differences():
-    ours = FeatureSchema(EdgeSchema(11, "edge/a/v1"), NodeSchema(172, topoqa_node_columns()))
+    ours = FeatureSchema(EdgeSchema(11, "edge/a/v1"), NodeSchema(172, node_columns()))
     unknown = FeatureSchema(EdgeSchema(11), NodeSchema(172))
     assert (
         schema_differences(ours, ours)
@@ -427,12 +427,12 @@ def test_differences():
         == schema_differences(unknown, ours)
         == []
     )
-    wider = FeatureSchema(EdgeSchema(24), NodeSchema(52, topoqa_node_columns()[::-1][:52]))
+    wider = FeatureSchema(EdgeSchema(24), NodeSchema(52, node_columns()[::-1][:52]))
     assert schema_differences(ours, wider) == [
         "edge_schema.dim: 11 in the checkpoint, 24 in the graphs",
         "node_schema.dim: 172 in the checkpoint, 52 in the graphs",
     ]
-    reordered = FeatureSchema(EdgeSchema(11), NodeSchema(172, topoqa_node_columns()[::-1]))
+    reordered = FeatureSchema(EdgeSchema(11), NodeSchema(172, node_columns()[::-1]))
     lines = schema_differences(ours, reordered)
     assert lines[0] == "node_schema.columns[0]: rasa in the checkpoint, f1_CNO_death_std in the graphs"
     assert len(lines) == 7 and lines[-1] == "and 166 more"
@@ -463,7 +463,7 @@ def test_the_sidecar_is_read_once_and_no_graph_when_it_is_complete(
 
 
 def test_ten_thousand_graphs_resolve_fast(tmp_path: Path):
-    count, columns = 10_000, topoqa_node_columns()
+    count, columns = 10_000, node_columns()
     names = [f"T{number // 20}/D{number}" for number in range(count)]
     entry = ENTRY | {"node_feature_columns": columns, "node_feature_dim": len(columns)}
     write(tmp_path / "graph_metadata.json", dict.fromkeys(names, entry))
@@ -491,9 +491,8 @@ def test_ten_thousand_graphs_resolve_fast(tmp_path: Path):
 
 def test_topoqa_columns_are_those_of_a_real_build(shared_dir: Path):
     found = quiet(shared_dir / "data" / "graphs")
-    assert found.node_schema.columns == topoqa_node_columns()
+    assert found.node_schema.columns == node_columns()
     assert (found.edge_schema.dim, found.edge_schema.module) == (11, "edge/legacy_band/v11")
-    assert sum(feature_groups(found.node_schema.columns).values()) == found.node_schema.dim
 
 
 def test_parity_graphs_resolve_without_a_sidecar(shared_dir: Path):
