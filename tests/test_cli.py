@@ -46,6 +46,8 @@ COMMANDS = [
     "env",
     "config",
     "demo-data",
+    "families",
+    "search",
 ]
 
 

@@ -98,7 +98,7 @@ def alike_pairs(
                 if found.identity >= identity and found.coverage >= coverage:
                     yield long, short
 
-
+# %% ../../nbs/9_build/98e_families.ipynb #98e-013
 def families_of(
     chains: Mapping[str, Iterable[str]],  # target -> sequences of its chains
     identity: float = LEAST_IDENTITY,  # 0 to 1
@@ -119,7 +119,7 @@ def families_of(
     first: dict[object, str] = {}
     return {target: first.setdefault(joined[(target,)], target) for target in sorted(chains)}
 
-# %% ../../nbs/9_build/98e_families.ipynb #98e-015
+# %% ../../nbs/9_build/98e_families.ipynb #98e-016
 @dataclass(frozen=True)
 class FamilyReport:
     "What came of a search for families."
@@ -136,7 +136,7 @@ class FamilyReport:
         lines += [f"largest: {', '.join(large)}"] * bool(large)
         return "\n".join([*lines, *reason_lines("not read", self.failures)])
 
-
+# %% ../../nbs/9_build/98e_families.ipynb #98e-017
 def structures_of_build(
     graph_dir: str | Path,  # made by `topoqa build`
 ) -> dict[str, Path]:  # name of a graph -> its structure
@@ -150,7 +150,7 @@ def structures_of_build(
         raise DataError(gone[0], "a structure of the build", f"no such file ({len(gone)} in all)", fix)
     return found
 
-
+# %% ../../nbs/9_build/98e_families.ipynb #98e-018
 def find_families(
     structures: Mapping[str, Path],  # of `find_structures` or `structures_of_build`
     *,
@@ -180,7 +180,7 @@ def find_families(
         families_of(chains, identity, coverage), len(set().union(*chains.values())), dict(failures)
     )
 
-# %% ../../nbs/9_build/98e_families.ipynb #98e-016
+# %% ../../nbs/9_build/98e_families.ipynb #98e-019
 def write_families(
     path: str | Path,  # a CSV; must not be there, unless it is to be replaced
     families: Mapping[str, str],  # target -> family

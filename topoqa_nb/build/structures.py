@@ -25,7 +25,7 @@ from ..ground.core import ConfigError, DataError, did_you_mean
 
 # %% ../../nbs/9_build/90_structures.ipynb #90-005
 def needed(
-    package: str,  # gemmi or numba
+    package: str,  # gemmi, numba or parasail
 ) -> ModuleType:
     "Import a package of the extra `build`. Raises `ConfigError` when it is not installed."
     try:

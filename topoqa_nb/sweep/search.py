@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -68,10 +67,6 @@ from topoqa_nb.sweep.study import (
 )
 from .sweep import fingerprints_of
 
-if TYPE_CHECKING:
-    from optuna.study import Study
-    from optuna.trial import Trial
-
 # %% ../../nbs/6_sweep/66c_search.ipynb #66c-006
 class SearchPlan(BaseModel):
     "What all trials of a search have in common."
@@ -90,7 +85,7 @@ class SearchPlan(BaseModel):
 
 PLAN_FILE = "plan.json"
 
-
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-007
 def check_plan(
     out: Path,  # folder of a search
     asked: SearchPlan,
@@ -124,7 +119,7 @@ def _flat(values: Mapping[str, object]) -> dict[str, object]:
         )
     return flat
 
-# %% ../../nbs/6_sweep/66c_search.ipynb #66c-009
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-010
 @dataclass(frozen=True)
 class Search:
     "A search whose folder is there."
@@ -157,7 +152,7 @@ def _plan_of(space: SearchSpace, varied: Varied, **rest: object) -> SearchPlan:
     values = space.model_dump(mode="json", include={"space", "measure", "sampler"})
     return SearchPlan(**plain(values | {"config": config} | rest))
 
-# %% ../../nbs/6_sweep/66c_search.ipynb #66c-010
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-011
 def plan_search(
     space_file: str | Path,
     out: str | Path,  # a folder; new, or that of the same search
@@ -193,7 +188,7 @@ def plan_search(
     options = {"overrides": without_fold_keys(told), "output_root": output_root}
     return Search(out, space, varied, paths, files, known, seed, options)
 
-# %% ../../nbs/6_sweep/66c_search.ipynb #66c-015
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-016
 Train = Callable[[Sequence[Job]], SweepResult]
 Score = Callable[[Path, Path, PathsConfig], pd.DataFrame]
 
@@ -227,7 +222,7 @@ def _value(search: Search, frame: pd.DataFrame) -> float:
     given = {"target_regex": search.data.target_regex, "families": search.families, "bootstrap": 0}
     return evaluate(frame, **given).values[search.space.measure]
 
-# %% ../../nbs/6_sweep/66c_search.ipynb #66c-018
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-019
 class _Failed(Exception):
     "A trial has no value; the text says why."
 
@@ -253,11 +248,11 @@ def _all_folds(search: Search, number: int) -> pd.DataFrame:
         [read_predictions(folder / f"fold{place + 1}.csv") for place in range(len(search.files))]
     )
 
-
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-020
 def run_trial(
     search: Search,
-    study: "Study",
-    trial: "Trial",  # of `next_trial`
+    study: object,  # of `open_study`
+    trial: object,  # of `next_trial`
     *,
     train: Train,  # runs jobs
     score: Score = scored_fold,  # predictions of a fold
@@ -281,10 +276,10 @@ def run_trial(
             raise TrainingError("trial 0 (default)", "completed runs", str(problem), fix) from None
         end_trial(study, trial, None, str(problem))
 
-# %% ../../nbs/6_sweep/66c_search.ipynb #66c-020
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-022
 def outcomes(
     search: Search,
-    study: "Study",
+    study: object,  # of `open_study`
 ) -> list[TrialOutcome]:  # the default first
     "What became of every trial that has settled."
     states, found = {"COMPLETE": "complete", "PRUNED": "given up", "FAIL": "failed"}, []
@@ -297,7 +292,7 @@ def outcomes(
         )
     return found
 
-
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-023
 def _point_text(params: Mapping[str, object]) -> str:
     values = {
         key: f"{value:.4g}" if isinstance(value, float) else as_written(value)
@@ -334,7 +329,7 @@ def run_search(
             raise
     return found
 
-# %% ../../nbs/6_sweep/66c_search.ipynb #66c-028
+# %% ../../nbs/6_sweep/66c_search.ipynb #66c-031
 WINNER_FILE = "winner.yaml"
 
 

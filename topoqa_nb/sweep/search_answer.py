@@ -102,7 +102,7 @@ class SearchAnswer:
         "Whether the best is told apart from the default."
         return _sentence(self)
 
-
+# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-014
 def _differences(comparison: Comparison, measure: str) -> pd.DataFrame:
     first, (_, *others) = comparison.first, comparison.evaluations.values()
     columns = {"difference": [], "95 % from": [], "to": [], "verdict": []}
@@ -115,7 +115,7 @@ def _differences(comparison: Comparison, measure: str) -> pd.DataFrame:
         columns = dict(zip(columns, (values, low, high, verdict), strict=True))
     return pd.DataFrame(columns, index=[one.name for one in others])
 
-# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-014
+# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-015
 def _table(answer: SearchAnswer) -> pd.DataFrame:
     title, sign = measure_title(answer.measure), 1 if is_lower_better(answer.measure) else -1
     rows = []
@@ -146,7 +146,7 @@ def _sentence(answer: SearchAnswer) -> str:
         f"an interval that allows for the choice among {count - 1} complete trials."
     )
 
-# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-015
+# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-016
 def search_answer(
     trials: Sequence[TrialOutcome],  # the default first, which is complete
     frames: Mapping[int, pd.DataFrame],  # number of a complete trial -> its predictions out of fold
@@ -167,7 +167,7 @@ def search_answer(
     found = {name: Evaluation(name, one, bootstrap, seed) for name, one in scored.items()}
     return SearchAnswer(measure, tuple(trials), Comparison(found))
 
-# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-020
+# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-021
 def plot_search(
     answer: SearchAnswer,
 ) -> Figure:
@@ -185,7 +185,7 @@ def plot_search(
     axis.set_xlabel(f"difference in {measure_title(answer.measure)} ({'left' if way else 'right'} is better)")
     return figure
 
-# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-023
+# %% ../../nbs/6_sweep/66b_search_answer.ipynb #66b-024
 OF_A_PLACE = {"paths", "mlflow"}  # sections that no winner holds
 
 

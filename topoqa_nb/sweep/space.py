@@ -97,7 +97,7 @@ class SearchSpace(BaseModel):
 
 SPACE_KEYS = [key for key in SearchSpace.model_fields if key != "path"]
 
-
+# %% ../../nbs/6_sweep/66_space.ipynb #66-009
 def load_space(
     path: str | Path,  # a YAML file
 ) -> SearchSpace:
@@ -133,7 +133,7 @@ def _space_error(file: Path, wrong: WrongValue) -> ConfigError:
         return ConfigError(where, "two values at least" if few else "a value", "one" if few else "none", fix)
     return ConfigError(where, wrong.expected, as_written(wrong.found), fix)
 
-# %% ../../nbs/6_sweep/66_space.ipynb #66-012
+# %% ../../nbs/6_sweep/66_space.ipynb #66-014
 @dataclass(frozen=True)
 class Axis:
     "The values that one key may take."
@@ -163,7 +163,7 @@ class Axis:
 def _same(value: object, other: object) -> bool:
     return math.isclose(value, other) if isinstance(value, float) else value == other
 
-# %% ../../nbs/6_sweep/66_space.ipynb #66-014
+# %% ../../nbs/6_sweep/66_space.ipynb #66-016
 @dataclass(frozen=True)
 class Varied:
     "A configuration and what of it may vary."
@@ -202,7 +202,7 @@ def _axis(
         step = int(step or 1)
     return Axis(key, low=low, high=high, step=step, log=given.log)
 
-# %% ../../nbs/6_sweep/66_space.ipynb #66-015
+# %% ../../nbs/6_sweep/66_space.ipynb #66-017
 def vary(
     space: SearchSpace,
     overrides: Iterable[str] | Mapping[str, object] = (),  # of the command line
@@ -233,7 +233,7 @@ def _varied_key(name: str, fixed: Mapping[str, object], seen: Mapping[str, objec
         raise ConfigError(key, "one place", "two", "let it vary, or set it")
     return key
 
-# %% ../../nbs/6_sweep/66_space.ipynb #66-018
+# %% ../../nbs/6_sweep/66_space.ipynb #66-020
 _LARGEST_GRID = 1_000_000  # points
 
 

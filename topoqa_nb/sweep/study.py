@@ -7,22 +7,17 @@ __all__ = ['STUDY_FILE', 'REASON', 'needed_optuna', 'distribution', 'create_stud
            'next_trial', 'is_hopeless', 'end_trial']
 
 # %% ../../nbs/6_sweep/66a_study.ipynb #66a-003
+import importlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from ..answers.measures import is_lower_better
 from ..ground.core import ConfigError
 from .space import Axis, SearchSpace, Varied, grid_points
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.study import Study
-    from optuna.trial import FrozenTrial, Trial
 
 # %% ../../nbs/6_sweep/66a_study.ipynb #66a-006
 def needed_optuna() -> ModuleType:
@@ -47,7 +42,7 @@ def _settled_parts() -> Iterator[ModuleType]:
 
 def distribution(
     axis: Axis,
-) -> "BaseDistribution":
+) -> object:  # a distribution
     "The same in Optuna's words."
     kinds = needed_optuna().distributions
     if axis.choices:
@@ -63,10 +58,13 @@ REASON = "reason"  # attribute of a trial that failed
 _PRUNE_AT = 0.2  # p-value, in (0, 1); asked after every fold, so it is no error rate
 
 
-def _storage(folder: Path) -> object:
-    from sqlalchemy import URL
+def _sqlalchemy() -> ModuleType:
+    "What Optuna keeps trials with."
+    return importlib.import_module("sqlalchemy")
 
-    url = URL.create("sqlite", database=str(folder / STUDY_FILE))
+
+def _storage(folder: Path) -> object:
+    url = _sqlalchemy().URL.create("sqlite", database=str(folder / STUDY_FILE))
     return needed_optuna().storages.RDBStorage(url.render_as_string(hide_password=False))
 
 
@@ -80,19 +78,17 @@ def create_study(
     optuna.create_study(storage=storage, study_name=_STUDY, direction=direction)
     storage.engine.dispose()  # the file is closed
 
-
+# %% ../../nbs/6_sweep/66a_study.ipynb #66a-010
 def open_study(
     folder: Path,  # of a search
-) -> "Study":
+) -> object:  # optuna.Study
     "The study of a search; what was under way when it was stopped is given up. Raises `ConfigError` for a damaged file."
     file = folder / STUDY_FILE
     if not file.is_file():  # SQLite would make one
         raise ConfigError(file, "the study of a search", "no such file", _RESTORE)
     with _settled_parts() as optuna:
-        from sqlalchemy.exc import DatabaseError
-
         pruner = optuna.pruners.WilcoxonPruner(p_threshold=_PRUNE_AT)
-        wrong = (DatabaseError, optuna.exceptions.OptunaError, RuntimeError, KeyError)
+        wrong = (_sqlalchemy().exc.DatabaseError, optuna.exceptions.OptunaError, RuntimeError, KeyError)
         try:
             study = optuna.load_study(storage=_storage(folder), study_name=_STUDY, pruner=pruner)
             for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
@@ -104,15 +100,15 @@ def open_study(
 
 
 def settled(
-    study: "Study",
-) -> list["FrozenTrial"]:  # in the order in which they were drawn
+    study: object,  # optuna.Study
+) -> list[object]:  # optuna.trial.FrozenTrial, in the order in which they were drawn
     "The trials that count."
     trials = study.get_trials(deepcopy=False)
     return [
         trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED") or REASON in trial.user_attrs
     ]
 
-# %% ../../nbs/6_sweep/66a_study.ipynb #66a-012
+# %% ../../nbs/6_sweep/66a_study.ipynb #66a-013
 def fixed_points(
     space: SearchSpace,
     varied: Varied,
@@ -125,12 +121,12 @@ def fixed_points(
 
 
 def next_trial(
-    study: "Study",
+    study: object,  # optuna.Study
     space: SearchSpace,
     varied: Varied,
     fixed: Sequence[Mapping[str, object]],  # of `fixed_points`
     seed: int,  # of the sampler
-) -> "Trial | None":  # its `params` say what to try; None: a grid has no further point
+) -> object | None:  # optuna.Trial, whose `params` say what to try; None: a grid has no further point
     "The trial after those that have settled."
     place = len(settled(study))
     if space.sampler == "grid" and place >= len(fixed):
@@ -145,9 +141,9 @@ def next_trial(
         study.sampler = sampler
     return study.ask({axis.key: distribution(axis) for axis in varied.axes})
 
-# %% ../../nbs/6_sweep/66a_study.ipynb #66a-019
+# %% ../../nbs/6_sweep/66a_study.ipynb #66a-020
 def is_hopeless(
-    trial: "Trial",
+    trial: object,  # optuna.Trial
     values: Mapping[int, float],  # number of a fold -> its measure
 ) -> bool:
     "Tell the study what is known of a trial, and ask whether to give it up."
@@ -159,8 +155,8 @@ def is_hopeless(
 
 
 def end_trial(
-    study: "Study",
-    trial: "Trial",
+    study: object,  # optuna.Study
+    trial: object,  # optuna.Trial
     value: float | None,  # of all folds; None: given up
     reason: str | None = None,  # why it failed
 ) -> None:
