@@ -30,7 +30,7 @@ $(DOCS_STAMP): $(STAMP)
 
 demo: $(STAMP) ## train the whole pipeline on synthetic data, in a fresh folder under demo_run/
 	@folder=demo_run/$$(date +%Y-%m-%d_%H-%M-%S) && mkdir -p "$$folder" && cd "$$folder" && \
-		"$(CURDIR)/$(BIN)/topoqa" pipeline && echo "make demo: all files lie in $$folder"
+		echo "make demo: all files go to $$folder" && "$(CURDIR)/$(BIN)/topoqa" pipeline
 
 test: lint ## lint, run every page, run the tests
 	$(BIN)/nbdev_test --n_workers 2
