@@ -21,7 +21,7 @@ from ..data.schema import resolve_schema
 from ..data.store import open_store
 from ..ground.config import config_differences, load_config
 from ..ground.core import RunError, TrainingError, now, read_json, write_json
-from ..ground.settings import Config
+from ..ground.settings import Config, ModelConfig
 from ..network.metrics import regression_metrics
 from topoqa_nb.pipeline.plan import (
     STAGES,
@@ -242,13 +242,7 @@ def needed(
     )
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-032
-SHAPES = (
-    "pooling_type",
-    "attention_head",
-    "hidden_dim",
-    "num_layers",
-    "edge_encoder",
-)  # of the section model
+SHAPES = [name for name in ModelConfig.model_fields if name != "dropout"]  # of the section model
 
 
 def parent_shapes(

@@ -20,7 +20,7 @@ from typing import Literal
 from ..data.batches import data_fingerprint, load_split
 from ..data.store import open_store
 from ..ground.core import ConfigError, TopoqaError, scratch_folder, sha256_file
-from ..ground.settings import MlflowConfig, PathsConfig
+from ..ground.settings import Config, MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
 from ..runs.record import RunDirectory, RunRecord, complete_settings
 from ..runs.runs import check_run_name, list_runs
