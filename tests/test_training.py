@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from conftest import forked, in_turn
 
 from topoqa_nb.data.dataset import open_data
-from topoqa_nb.data.demo import ensure_demo
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import CheckpointError, ConfigError, DataError, TrainingError
@@ -296,11 +295,6 @@ def test_a_stopped_run_keeps_its_best_checkpoint(tiny, tmp_path, signum, status)
 
 
 # Is there something to learn, and is it learnt?
-
-
-@pytest.fixture(scope="module")
-def demo_set(tmp_path_factory):
-    return ensure_demo(tmp_path_factory.mktemp("demo") / "demo_data")
 
 
 def demo_spearman(demo_set, train_labels, folder):
