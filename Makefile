@@ -30,14 +30,14 @@ $(DOCS_STAMP): $(STAMP)
 
 demo: $(STAMP) ## train the whole pipeline on synthetic data, in a fresh folder under demo_run/
 	@folder=demo_run/$$(date +%Y-%m-%d_%H-%M-%S) && mkdir -p "$$folder" && cd "$$folder" && \
-		"$(CURDIR)/$(BIN)/topoqa" pipeline && echo "make demo: all files lie in $$folder"
+		echo "make demo: all files go to $$folder" && "$(CURDIR)/$(BIN)/topoqa" pipeline
 
 test: lint ## lint, run every page, run the tests
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-faults: $(STAMP) ## kill at every change of the file system and go on; damage every file that is read; takes hours
-	TOPOQA_KILL_EVERY=1 TOPOQA_DAMAGE_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_kills_of_commands.py tests/test_damage.py
+	TOPOQA_KILL_EVERY=1 TOPOQA_DAMAGE_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_kills_of_commands.py tests/test_kills_of_trainings.py tests/test_damage.py
 
 lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py

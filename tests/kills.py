@@ -1,30 +1,18 @@
-"""Kill a piece of work at one of its changes of the file system, in a process of its own."""
+"""Kill a piece of work at one of its changes of the file system, in a process of its own, or in any that it starts."""
 
+import json
 import os
 import signal
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-CHANGES = {
-    "os.rename",
-    "os.remove",
-    "os.rmdir",
-    "os.mkdir",
-    "os.symlink",
-    "os.link",
-    "os.truncate",
-    "os.utime",
-}
-
-
-def changes_something(event: str, arguments: tuple) -> bool:
-    "Whether an audit event announces a write, a new name or a removal."
-    if event == "open":
-        _, mode, flags = arguments
-        return bool(set(mode) & set("wax+")) if mode else bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
-    return event in CHANGES
+from conftest import is_running, speak_into
+from watch import WATCHED, entered, is_below, watch
 
 
 def killed_at(
@@ -48,12 +36,7 @@ def killed_at(
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal seen
-        is_here = arguments and isinstance(arguments[0], str | bytes | os.PathLike)
-        if (
-            is_here
-            and changes_something(event, arguments)
-            and os.fsdecode(arguments[0]).startswith(str(folder))
-        ):
+        if is_below(str(folder), event, arguments):
             os.write(sending, b".")
             if seen == number:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -68,3 +51,52 @@ def killed_at(
     except BaseException:
         os.write(sending, traceback.format_exc().encode())
         os._exit(1)
+
+
+# --- the same with all the processes that a command starts ---
+
+
+def killed_below(
+    number: int | None,  # as of `killed_at`; changes of all processes count, in the order in which they come
+    folder: Path,  # changes elsewhere do not count
+    work: Callable[[], object],
+    leader_alone: bool = False,  # the others are to notice; False: all are killed at once
+) -> int:  # how many changes were announced
+    "Do the work in a copy of this process and kill it there, or in what it started. Raises when a process is left."
+    with tempfile.TemporaryDirectory() as name:
+        notes = Path(name)
+        told = {"number": number, "folder": str(folder), "leader_alone": leader_alone}
+        (notes / "told").write_text(json.dumps(told))
+        child = os.fork()
+        if not child:
+            lead(notes, work)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        left = those_left(notes)
+        assert code == 0 if number is None else code in (0, -signal.SIGKILL), (notes / "said").read_text()
+        assert not left, left
+        return (notes / "changes").stat().st_size
+
+
+def lead(notes: Path, work: Callable[[], object]) -> NoReturn:
+    "The work, in a process that leads a session; those below it find the hook, too."
+    os.setsid()
+    said = os.open(notes / "said", os.O_WRONLY | os.O_CREAT)
+    speak_into(said, said)
+    tests = Path(__file__).parent
+    path = [str(tests / "watched"), str(tests), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {WATCHED: str(notes), "PYTHONPATH": os.pathsep.join(path)}
+    try:
+        watch()
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def those_left(notes: Path, seconds: float = 60) -> list[str]:
+    "The processes that are still there after a while."
+    end = time.monotonic() + seconds
+    while (left := list(filter(is_running, entered(notes)))) and time.monotonic() < end:
+        time.sleep(0.05)
+    return [Path(f"/proc/{number}/cmdline").read_text().replace("\0", " ") for number in left]

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TextIO
 
 import pytest
+import typer
 import yaml
 from conftest import forked, in_turn, speak_into
 
 from topoqa_nb.cli import main
 from topoqa_nb.data import demo as demo_module
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
-from topoqa_nb.entry import joined_pairs
+from topoqa_nb.entry import app, joined_pairs
+from topoqa_nb.ground.console import console_for
 from topoqa_nb.ground.core import TrainingError
 from topoqa_nb.pipeline_commands import parameter_value
 from topoqa_nb.runs.record import read_metadata
@@ -349,6 +351,22 @@ def test_a_reader_that_leaves_early_is_no_error():
     }
 
 
+def commands_that_work_on() -> list[str]:
+    "Those that start processes of their own."
+    commands = typer.main.get_command(app).commands
+    return [name for name, command in commands.items() if any(one.name == "jobs" for one in command.params)]
+
+
+@pytest.mark.parametrize("command", commands_that_work_on())
+def test_work_goes_on_when_nobody_reads_along(command: str, monkeypatch: pytest.MonkeyPatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with console_for(command):
+            print("fold 1 of 5", flush=True)
+
+
 # --- looking at runs
 
 
@@ -454,6 +472,7 @@ def test_a_batch_ends_with_its_table_and_a_code(
         "continue_on_error": False,
         "skip_completed": True,
         "executor": "local",
+        "ensemble": "on",
         "name": "run_core",
     }
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", status, "-0.25000", "3.0"]
@@ -519,7 +538,18 @@ def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch
     names = "graph_dir train_labels val_labels test_labels manifest run_root reports_dir resume_from phase1_config"
     words = [word for name in names.split() for word in (f"--{name.replace('_', '-')}", f"{name}.x")]
     words += ["--skip-sweep", "--skip-fine", "--fast-dev-run", "--phase2-from", "sweep", "--num-workers", "2"]
-    words += ["--jobs", "3", "--executor", "local", "--phase2-config", "a", "--phase2-config", "b"]
+    words += [
+        "--jobs",
+        "3",
+        "--executor",
+        "local",
+        "--ensemble",
+        "on",
+        "--phase2-config",
+        "a",
+        "--phase2-config",
+        "b",
+    ]
     words += ["--override", "seed=1", "--phase-override", "seed=2", "-p", "jobs", "auto"]
     assert main(["pipeline", *words]) == 0
     assert given == {name: f"{name}.x" for name in names.split()} | {
@@ -530,6 +560,7 @@ def test_every_option_of_the_pipeline_reaches_it(monkeypatch: pytest.MonkeyPatch
         "num_workers": 2,
         "jobs": "auto",
         "executor": "local",
+        "ensemble": "on",
         "phase2_configs": ["a", "b"],
         "overrides": ["seed=1"],
         "phase_overrides": ["seed=2"],

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -157,7 +158,7 @@ def begins(root: Path, *more: object) -> None:
 def goes_on(run: RunDirectory) -> None:
     "A resume up to its first epoch; one that is refused leaves the run as it was."
     kept = run.path.parent / ".kept"
-    shutil.copytree(run.path, kept, symlinks=True, ignore=shutil.ignore_patterns("pipe"))
+    shutil.copytree(run.path, kept, symlinks=True, copy_function=copied)
     before = listing(run.path)
     try:
         with patch("topoqa_nb.training.resume.fit"), patch("topoqa_nb.training.resume.conclude"):
@@ -169,6 +170,11 @@ def goes_on(run: RunDirectory) -> None:
         shutil.rmtree(run.path)
         kept.rename(run.path)
     assert code == 0 or after == before, sorted(set(after.items()) ^ set(before.items()))
+
+
+def copied(file: str, target: str) -> None:
+    "A pipe is none that can be read."
+    os.mkfifo(target) if stat.S_ISFIFO(os.lstat(file).st_mode) else shutil.copy2(file, target)
 
 
 def listing(folder: Path) -> dict[str, object]:

@@ -128,12 +128,15 @@ def test_a_pipeline_that_is_going_shows_its_runs_as_they_are_now(reports, run):
             {"checkpoints": ["a/model_checkpoints/x"]} | run_facts("a"),
             ["a (sweep, epoch 7): selection_metric -0.70000"],
         ),
-        ({"checkpoints": ["a/m/x", "b/m/y"]}, ["the mean of 2 models", "a", "b"]),
-        ({"checkpoints": ["a/m/x", "b/m/y"], "name": "mean of phase 2"}, ["mean of phase 2", "a", "b"]),
+        ({"checkpoints": ["a/m/x", "b/m/y"]}, ["the mean, 2 models", "a", "b"]),
+        (
+            {"checkpoints": ["a/m/x", "b/m/y"], "name": "mean of phase 2", "score": -0.7},
+            ["mean of phase 2, 2 models: score -0.70000", "a", "b"],
+        ),
     ],
 )
 def test_one_checkpoint_or_several_are_the_answer(reports, final, said):
-    write_json(reports / "pipeline_summary.json", {"final": final})
+    write_json(reports / "pipeline_summary.json", {"run_root": reports, "final": final})
     assert chosen_model(standing(reports)) == said
 
 
@@ -144,7 +147,7 @@ def test_one_checkpoint_or_several_are_the_answer(reports, final, said):
         ("sweep.json", []),
         ("sweep.json", {"status": "completed", "runs": [{"run_name": 3}]}),
         ("phase1.json", {"status": None}),
-        ("pipeline_summary.json", {"final": {"checkpoints": 7}}),
+        ("pipeline_summary.json", {"run_root": "a", "final": {"checkpoints": 7}}),
     ],
 )
 def test_a_damaged_file_of_a_pipeline_is_one_line(reports, name, content):

@@ -15,7 +15,7 @@ import yaml
 from conftest import is_running
 from kills import killed_at
 from test_kills import EVERY
-from test_pipeline import StandIn, given, opened, tiny  # noqa: F401
+from test_pipeline import StandIn, given, guess, opened, tiny  # noqa: F401
 from test_ramdisk import manifest, name, run, settings, stand_in  # noqa: F401
 from test_sweep import COMPLETES, stand_ins  # noqa: F401
 from test_sweep import stand_in as job_stand_in
@@ -24,7 +24,8 @@ from topoqa_nb.data.store import open_store
 from topoqa_nb.data.tiny import DemoPaths
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import read_json
-from topoqa_nb.pipeline.stages import finish, phase1_stage, phase2_stage, sweep_stage
+from topoqa_nb.pipeline.final import finish
+from topoqa_nb.pipeline.stages import phase1_stage, phase2_stage, sweep_stage
 from topoqa_nb.runs.record import read_metadata
 from topoqa_nb.runs.runs import archive, create_run, find_run, list_runs
 from topoqa_nb.sweep.manifest import load_manifest, plan_jobs
@@ -175,7 +176,7 @@ def test_the_stages_of_a_pipeline(given, tmp_path: Path):  # noqa: F811
         pipeline = opened(given | folders, place)
         for stage in (sweep_stage, phase1_stage, phase2_stage):
             stage(pipeline, StandIn())
-        finish(pipeline, predict=None)
+        finish(pipeline, guess)
 
     def check(place: Path) -> None:
         summary = read_json(place / "reports" / "pipeline_summary.json")

@@ -1,11 +1,13 @@
 """The leaderboard in every state of a run, seeds, archiving; through the functions and the command line."""
 
 import csv
+import functools
 import json
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from topoqa_nb import cli as cli
 from topoqa_nb.ground.config import load_config
@@ -302,6 +304,22 @@ def test_tables(root, capsys):
 
 
 # --- what may be compared
+
+
+def test_a_narrow_terminal_breaks_no_name(root, capsys, monkeypatch):
+    names = [f"sched_boost_seed222_2026-11-26_03-23-58_phase2_seed{seed}" for seed in (101, 555)]
+    make(root, names[0], -0.6, source="sched_boost_finetune_seed101.yaml")
+    make(root, names[1], status="failed", reason="no space left on the device that holds the runs")
+    for width in (30, 80, 120):
+        terminal = functools.partial(Console, width=width, force_terminal=True, color_system=None)
+        monkeypatch.setattr("topoqa_nb.ground.console.standard_output", terminal)
+        _, out, err = topoqa(capsys, "leaderboard", "--root", root)
+        assert all(name in out for name in names) and "no room for" in err
+        assert max(map(len, out.splitlines())) <= max(width, len(f"{names[1]}  failed"))
+        assert (
+            "sched_boost_finetune_seed101.yaml"
+            in topoqa(capsys, "leaderboard", "--root", root, "--by-config")[1]
+        )
 
 
 def test_another_rule_or_other_data_win_nothing(root, capsys):

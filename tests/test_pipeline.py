@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from topoqa_nb.answers.models import PipelineSummary, model_files, read_summary
 from topoqa_nb.data.dataset import open_data
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import (
@@ -19,23 +20,27 @@ from topoqa_nb.ground.core import (
     TrainingError,
     held,
     read_json,
+    write_json,
     write_text,
 )
 from topoqa_nb.ground.signals import Interrupted
+from topoqa_nb.network.metrics import regression_metrics
 from topoqa_nb.pipeline import pipeline as pipeline_module
+from topoqa_nb.pipeline.final import finish
 from topoqa_nb.pipeline.parameters import PipelineParameters, absolute_parameters, pipeline_parameters
 from topoqa_nb.pipeline.pipeline import check_parameters, execute_stage, injected_names, run_pipeline
+from topoqa_nb.pipeline.pipeline_report import pipeline_page
 from topoqa_nb.pipeline.plan import DEMO_PHASES, open_pipeline, plan_pipeline
-from topoqa_nb.pipeline.reports import held_out_sentence
+from topoqa_nb.pipeline.reports import choice_lines, held_out_sentence, outcome_lines
 from topoqa_nb.pipeline.stage_record import read_stage
 from topoqa_nb.pipeline.stages import (
     fine_tune_config,
-    finish,
     parent_shapes,
     phase1_stage,
     phase2_stage,
     sweep_stage,
 )
+from topoqa_nb.pipeline.standing import chosen_files, standing
 from topoqa_nb.runs.record import update_metadata
 from topoqa_nb.runs.runs import create_run
 from topoqa_nb.sweep.jobs import JobResult, SweepResult
@@ -85,6 +90,17 @@ class StandIn:
         return JobResult(job.name, run.path, status, reason="out of memory")
 
 
+def guess(checkpoint, split, schema):
+    "In the place of a network: the labels with an error of their own for each run; the best runs err least."
+    draw = np.random.default_rng(sum(Path(checkpoint).parent.parent.name.encode()))
+    return np.clip(split.dockq.numpy() + draw.normal(0, 0.1, len(split)), 0, 1)
+
+
+def alike(checkpoint, split, schema):
+    "As if all runs had the same weights."
+    return np.linspace(0, 1, len(split))
+
+
 @pytest.fixture
 def tiny(tmp_path):
     return write_tiny_dataset(tmp_path / "data")
@@ -117,14 +133,21 @@ def opened(values, base):
 def test_every_parameter_of_the_contract_has_a_default():
     names = """graph_dir train_labels val_labels manifest run_root skip_sweep skip_fine resume_from test_labels
     phase1_config phase2_configs phase2_from num_workers jobs executor fast_dev_run overrides phase_overrides
-    reports_dir"""
+    reports_dir ensemble families"""
     assert set(PipelineParameters.model_fields) == set(names.split())
     assert PipelineParameters().phase2_from == "phase1"
 
 
 @pytest.mark.parametrize(
     "name, value",
-    [("skip_fine", 1), ("num_workers", -1), ("num_workers", True), ("jobs", "many"), ("phase2_from", "x")],
+    [
+        ("skip_fine", 1),
+        ("num_workers", -1),
+        ("num_workers", True),
+        ("jobs", "many"),
+        ("phase2_from", "x"),
+        ("ensemble", "mean"),
+    ],
 )
 def test_values_of_the_wrong_kind_are_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=f"pipeline parameter {name}"):
@@ -410,7 +433,7 @@ def test_a_phase_that_gained_nothing_is_not_the_answer(given, tmp_path):
     phase2_stage(
         run, StandIn({f"{base}_phase2_seed{seed}": -0.5000002 for seed in (101, 555, 888)}, improved=False)
     )
-    summary = finish(run)
+    summary = finish(run, alike)
     assert summary["final"]["stage"] == "sweep"
     assert [step["stage"] for step in summary["lineage"]] == ["sweep"]
 
@@ -418,7 +441,7 @@ def test_a_phase_that_gained_nothing_is_not_the_answer(given, tmp_path):
 def test_the_summary_keeps_paths_relative_to_the_run_root(given, tmp_path):
     run = opened(given | {"skip_fine": True}, tmp_path)
     sweep_stage(run, StandIn())
-    summary = finish(run)
+    summary = finish(run, alike)
     assert (run.run_root / summary["final"]["checkpoint"]).is_file()
     assert not Path(summary["lineage"][0]["checkpoint"]).is_absolute()
     assert list(summary["stages"]) == ["sweep"]
@@ -433,14 +456,15 @@ def test_the_test_labels_meet_the_final_model_alone_and_once(given, tmp_path, ti
     asked = []
 
     def predict(checkpoint, split, schema):
-        asked.append(checkpoint)
-        return np.linspace(0, 1, len(split))
+        asked.append((split.name, checkpoint))
+        return alike(checkpoint, split, schema)
 
     first = finish(run, predict)
-    assert asked == [run.run_root / best["checkpoint"]]
+    assert [checkpoint for name, checkpoint in asked if name == "test"] == [run.run_root / best["checkpoint"]]
+    count = len(asked)
     assert first["test"]["metrics"].keys() >= {"loss", "spearman_corr"}
     assert finish(run, predict)["test"] == first["test"]
-    assert len(asked) == 1 and first["test"]["seen_before"] == []
+    assert len(asked) == count and first["test"]["seen_before"] == []
 
 
 def halves(labels, folder):
@@ -466,6 +490,151 @@ def test_test_labels_that_were_seen_are_refused_or_counted(given, tmp_path, tiny
     assert f"{counted} of the" in held_out_sentence(
         summary
     ) and "no part in any choice" not in held_out_sentence(summary)
+
+
+# --- one run, or the mean of several
+
+
+def completed(given, tmp_path, jobs=None, **changes):
+    "A pipeline whose stages have ended."
+    run, jobs = opened(given | changes, tmp_path), jobs or StandIn({"plain": -0.4, "lr035": -0.6})
+    sweep_stage(run, jobs), phase1_stage(run, jobs), phase2_stage(run, jobs)
+    return run
+
+
+def by_hand(run, names):
+    "The selection metric of the mean of some runs."
+    val = open_data(fine_tune_config(run)).val
+    scores = np.mean([guess(run.run_root / name, val, None) for name in names], axis=0)
+    metrics = regression_metrics(scores, val.dockq.numpy(), val.targets)
+    return metrics["val_loss"] - max(0, metrics["val_spearman_corr"])
+
+
+def test_the_better_one_of_the_best_run_and_the_means_is_the_answer(given, tmp_path):
+    run = completed(given, tmp_path)
+    summary = finish(run, guess)
+    names = ["best run", "mean of phase 2", "mean of the sweep"]
+    assert [one["name"] for one in summary["candidates"]] == names
+    assert [len(one["run_names"]) for one in summary["candidates"]] == [1, 3, 2]
+    for one in summary["candidates"]:
+        assert one["score"] == pytest.approx(by_hand(run, one["checkpoints"]), abs=1e-6)
+        assert one["measures"].keys() == {"pearson", "target_spearman", "ranking_loss", "rmse"}
+    best = min(summary["candidates"], key=lambda one: one["score"])
+    assert len(best["checkpoints"]) > 1 and summary["final"]["name"] == best["name"]
+    assert summary["final"]["checkpoints"] == best["checkpoints"] and summary["final"]["checkpoint"] is None
+    files = [run.run_root / name for name in best["checkpoints"]]
+    assert model_files(run.reports_dir) == files == chosen_files(standing(run.reports_dir))
+    assert {step["run_name"] for step in summary["lineage"]} >= set(best["run_names"])
+
+
+def test_a_mean_is_taken_when_asked_for_and_never_when_not(given, tmp_path):
+    def worse(checkpoint, split, schema):
+        "The last phase alone is right, and two of its runs are not."
+        scores = split.dockq.numpy()
+        return scores if "seed101" in str(checkpoint) else 1 - scores + guess(checkpoint, split, schema) / 9
+
+    jobs = StandIn({"plain": -0.4, "lr035": -0.6})
+    for ensemble, names in (("auto", 1), ("off", 1), ("on", 2)):
+        folders = {"reports_dir": str(tmp_path / ensemble), "run_root": str(tmp_path / f"{ensemble}_runs")}
+        run = opened(given | folders | {"ensemble": ensemble}, tmp_path)
+        base = sweep_stage(run, jobs)["start"]["name"]
+        phases = StandIn({f"{base}_phase2_seed101": -0.9}, improved=True)
+        phase1_stage(run, phases), phase2_stage(run, phases)
+        summary = finish(run, worse)
+        final = PipelineSummary.model_validate(summary).final
+        assert (final.name == "best run") == (ensemble != "on") and (len(final.files) > 1) == (names > 1)
+        assert len(summary["candidates"]) == (1 if ensemble == "off" else 3)
+
+
+def test_copies_of_one_model_are_no_ensemble(given, tmp_path):
+    run, jobs = opened(given, tmp_path), StandIn({"plain": -0.4, "lr035": -0.6}, improved=False)
+    sweep_stage(run, jobs), phase1_stage(run, jobs), phase2_stage(run, jobs)
+    own = {run["checkpoint"]: run for run in sweep_stage(run)["runs"]}
+
+    def kept(checkpoint, split, schema):
+        "Fine-tunes have the weights of the winner."
+        name = str(checkpoint.relative_to(run.run_root))
+        return guess(
+            checkpoint if name in own else run.run_root / sweep_stage(run)["best"]["checkpoint"],
+            split,
+            schema,
+        )
+
+    summary = finish(run, kept)
+    assert [one["name"] for one in summary["candidates"]] == ["best run", "mean of the sweep"]
+    assert summary["left_out"] == ["mean of phase 2: no ensemble, its 3 runs are one model"]
+    lines = choice_lines(read_summary(run.reports_dir))
+    assert lines[-1] == "Mean of phase 2: no ensemble, its 3 runs are one model."
+
+
+def test_a_picked_checkpoint_and_earlier_runs_have_their_own_means(given, tmp_path):
+    first = opened(given, tmp_path)
+    fingerprint = open_data(fine_tune_config(first)).fingerprint
+    jobs = StandIn({"plain": -0.4, "lr035": -0.6}, fingerprint=fingerprint, improved=True)
+    sweep = completed(given, tmp_path, jobs) and sweep_stage(first)
+    later = given | {"skip_sweep": True, "skip_fine": True, "reports_dir": str(tmp_path / "later")}
+    sweep_stage(opened(later, tmp_path), None)
+    summary = finish(opened(later, tmp_path), guess)
+    means = {one["name"]: set(one["run_names"]) for one in summary["candidates"][1:]}
+    assert means == {"mean of the sweep": {run["run_name"] for run in sweep["runs"]}}
+    picked = str(first.run_root / sweep["best"]["checkpoint"])
+    own = given | {"skip_sweep": True, "resume_from": picked, "reports_dir": str(tmp_path / "own")}
+    summary = finish(completed(own, tmp_path, jobs), guess)
+    assert [one["name"] for one in summary["candidates"]] == ["best run", "mean of phase 2"]
+    assert summary["left_out"] == ["mean of the sweep: no ensemble of 0 runs"]
+
+
+def test_intervals_are_over_families_if_they_are_known(given, tmp_path):
+    tiny = write_tiny_dataset(tmp_path / "more", targets=12)
+    given = given | {"graph_dir": str(tiny.graph_dir), "train_labels": str(tiny.train_labels)}
+    given |= {"val_labels": str(tiny.val_labels), "skip_fine": True, "run_root": str(tmp_path / "others")}
+    families = write_text(tmp_path / "families.csv", "target,family\nTINY10,a\nTINY11,b\nTINY12,b\n")
+    jobs, found = StandIn({"plain": -0.4, "lr035": -0.6}), []
+    for name, known in (("targets", {}), ("families", {"families": str(families)})):
+        run = opened(given | known | {"reports_dir": str(tmp_path / name)}, tmp_path)
+        sweep_stage(run, jobs)
+        found.append(finish(run, guess))
+    assert [list(summary["judged_on"].values())[1:] for summary in found] == [
+        [3, "target", 3],
+        [3, "family", 2],
+    ]
+    over_targets, over_families = (summary["candidates"][1]["interval"] for summary in found)
+    assert over_targets[0] < over_targets[1] and over_targets != over_families
+    assert {summary["candidates"][1]["difference"]["verdict"] for summary in found} <= {
+        "better",
+        "not told apart",
+    }
+    write_text(families, "target,family\nelsewhere,1\n")
+    with pytest.raises(DataError, match="a family for every target"):
+        opened(given | {"families": str(families), "reports_dir": str(tmp_path / "new")}, tmp_path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_where_more_is_better_the_higher_candidate_is_taken(given, tmp_path):
+    rank = ["selection.primary_metric=val_pearson_corr"]
+    jobs = StandIn({"plain": 0.4, "lr035": 0.6})
+    summary = finish(completed(given, tmp_path, jobs, overrides=rank), guess)
+    scores = {one["name"]: one["score"] for one in summary["candidates"]}
+    assert summary["final"]["score"] == max(scores.values()) and all(
+        0 < score <= 1 for score in scores.values()
+    )
+
+
+def test_what_an_earlier_version_has_left_is_read(given, tmp_path):
+    run = completed(given, tmp_path)
+    best = phase1_stage(run)["best"]
+    old = {"status": "completed", "run_root": str(run.run_root), "final": best, "lineage": [], "test": None}
+    write_json(run.reports_dir / "pipeline_summary.json", old)
+    asked = read_json(run.reports_dir / "parameters.json")
+    for name in ("ensemble", "families"):
+        del asked[name]
+    write_json(run.reports_dir / "parameters.json", asked)
+    assert finish(opened(given, tmp_path), predict=None)["final"] == best
+    assert model_files(run.reports_dir) == [run.run_root / best["checkpoint"]]
+    found = read_summary(run.reports_dir)
+    assert (choice_lines(found), found.candidates) == ([], ())
+    assert outcome_lines(found, run.reports_dir)[2] == f"winner:  {run.run_root / best['checkpoint']}"
+    assert "<h2" in pipeline_page(standing(run.reports_dir))
 
 
 # --- what is compared
@@ -545,7 +714,7 @@ def test_a_checkpoint_that_was_picked_is_what_the_answer_is_about(given, tmp_pat
     run, jobs = opened(own, tmp_path), StandIn(fingerprint=fingerprint, improved=True)
     assert sweep_stage(run, jobs)["runs"] == []
     phase1_stage(run, jobs), phase2_stage(run, jobs)
-    summary = finish(run)
+    summary = finish(run, alike)
     assert summary["final"]["stage"] == "phase1" and summary["final"]["score"] == -0.5
     assert summary["parameters"]["manifest"] == given["manifest"]
     with pytest.raises(ConfigError, match="something to run"):
@@ -562,7 +731,7 @@ def test_fine_tunes_that_kept_their_parent_are_counted(given, tmp_path, capsys):
         and "phase2: 3 of 3 fine-tunes kept their parent" in said
         and "not an ensemble" in said
     )
-    summary = finish(run)
+    summary = finish(run, guess)
     assert summary["kept_parent"].startswith("3 of 4 fine-tunes kept their parent")
     assert summary["stages"]["phase2"]["kept_parent"] == 3
 
@@ -578,7 +747,7 @@ def test_the_manifest_that_was_run_is_in_the_summary(given, tmp_path):
         {key: value for key, value in given.items() if key != "manifest"} | {"skip_fine": True}, tmp_path
     )
     sweep_stage(run, StandIn())
-    assert Path(finish(run)["parameters"]["manifest"]).name == "run_core.yaml"
+    assert Path(finish(run, guess)["parameters"]["manifest"]).name == "run_core.yaml"
 
 
 def test_of_a_run_of_the_original_only_the_shapes_are_asked_for(tmp_path):

@@ -217,7 +217,8 @@ def test_another_build_trains_without_any_change(tiny, tmp_path):
 
 @pytest.mark.parametrize("precision", ["64", "bf16-mixed"])
 def test_other_precisions_train_on_the_cpu(tiny, tmp_path, precision):
-    run = run_once(tiny, tmp_path, trainer__precision=precision, trainer__num_epochs=1)
+    options = {"model__residual": True, "model__size_features": True}
+    run = run_once(tiny, tmp_path, trainer__precision=precision, trainer__num_epochs=1, **options)
     assert np.isfinite(read_metrics(run).val_loss).all()
 
 

@@ -81,26 +81,17 @@ def run_or_plan(
 ) -> None:
     "Run the pipeline, or show its plan."
     with fast_import():
+        from topoqa_nb.answers.models import PipelineSummary
         from topoqa_nb.pipeline.pipeline import run_pipeline
         from topoqa_nb.pipeline.plan import plan_pipeline
+        from topoqa_nb.pipeline.reports import outcome_lines
 
     if dry_run:
         print(to_json(plan_pipeline(absolute_parameters(pipeline_parameters(values), Path.cwd()))))
     else:
-        _print_outcome(run_pipeline(values))
-
-
-def _print_outcome(summary: Mapping[str, object]) -> None:
-    "Where report, summary and winner lie."
-    reports, final = Path(summary["reports_dir"]), summary["final"]
-    print(f"report:  {reports / 'full_pipeline.html'}")
-    print(f"summary: {reports / 'pipeline_summary.json'}")
-    print(f"winner:  {Path(summary['run_root']) / final['checkpoint']}")
-    print(f"         {final['primary_metric']} {final['score']:.5f} of {final['run_name']}")
-    if summary.get("kept_parent"):
-        print(f"         {summary['kept_parent']}")
-    if summary.get("data", {}).get("demo"):
-        print("         trained on the synthetic demo data: none of this is about real complexes")
+        summary = run_pipeline(values)
+        answer = PipelineSummary.model_validate(summary)
+        print(*outcome_lines(answer, Path(summary["reports_dir"])), sep="\n")
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-110
 _HIDDEN = ("executor",)  # in the help when there is a second one that works

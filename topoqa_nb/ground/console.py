@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['log', 'record', 'LOG_LEVEL', 'UNWRAPPED', 'console_level', 'is_shown', 'say', 'duration', 'standard_output', 'show',
-           'rendered', 'to_nobody', 'console_for', 'check_text']
+           'rendered', 'print_columns', 'to_nobody', 'console_for', 'check_text']
 
 # %% ../../nbs/0_ground/02_console.ipynb #02-003
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from .core import HALF_CHARACTER, ConfigError
 
@@ -102,6 +104,54 @@ def rendered(
     sheet = Console(width=width, markup=False, highlight=False, color_system=None, force_jupyter=False)
     return "\n".join(_lines(table, sheet))
 
+# %% ../../nbs/0_ground/02_console.ipynb #02-101
+_GAP = 2  # characters between two columns
+_LONGEST_WORD = 40  # characters; a longer one, such as a path in a reason, may be broken
+
+
+def _needs(name: str, cells: Sequence[str], is_words: bool) -> int:
+    "The width below which a column would break something."
+    whole = [name, *(part for cell in cells for part in (cell.split() if is_words else [cell]))]
+    widest = max(map(cell_len, whole))
+    return min(widest, _LONGEST_WORD) if is_words else widest
+
+
+def _widths(
+    columns: Mapping[str, Sequence[str]],  # name -> cells
+    needed: Sequence[str],
+    words: Collection[str],
+    width: int,
+) -> dict[str, int]:  # of the columns that are shown
+    "Columns are taken as they are needed while there is room; what room is left makes those of words wider."
+    found, room = {}, width + _GAP
+    for name in sorted(columns, key=needed.index):
+        needs = _needs(name, columns[name], name in words) + _GAP
+        if len(found) < 2 or needs <= room:
+            found[name], room = needs - _GAP, room - needs
+    for name in [name for name in found if name in words]:
+        more = max(0, min(room, max(map(cell_len, columns[name])) - found[name]))
+        found[name], room = found[name] + more, room - more
+    return {name: found[name] for name in columns if name in found}
+
+# %% ../../nbs/0_ground/02_console.ipynb #02-102
+def print_columns(
+    rows: Sequence[Mapping[str, str]],  # column -> cell, the same columns in each
+    needed: Sequence[str],  # the columns, the most needed first; the first two are always shown
+    words: Collection[str] = (),  # columns whose cells may be folded between words
+    title: str = "",
+) -> list[str]:  # the columns that are left out
+    "Print a table that breaks no name, however narrow the terminal."
+    console, columns = standard_output(), {name: [row[name] for row in rows] for name in rows[0]}
+    widths = _widths(columns, needed, words, console.width)
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+    for name, width in widths.items():
+        table.add_column(name, width=width, no_wrap=name not in words, overflow="fold")
+    for row in rows:
+        table.add_row(*[Text(row[name]) for name in widths])
+    console.width = max(console.width, sum(widths.values()) + _GAP * (len(widths) - 1))
+    show(table, console)
+    return [name for name in columns if name not in widths]
+
 # %% ../../nbs/0_ground/02_console.ipynb #02-018
 def to_nobody(
     stream: TextIO,  # with a file of the operating system
@@ -148,6 +198,9 @@ _LASTING = (
     "predict",
     "export",
     "build",
+    "label",
+    "cross-validate",
+    "search",
 )  # go on when nobody reads along
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Integer', 'Number', 'Count', 'BatchLimit', 'Location', 'Flag', 'Precision', 'Mapped', 'PrimaryMetric', 'Section',
            'PathsConfig', 'ModelConfig', 'DataloaderConfig', 'TrainerConfig', 'OptimizerConfig', 'SchedulerConfig',
-           'EarlyStoppingConfig', 'SelectionConfig', 'CoverageConfig', 'LoggingConfig', 'MlflowConfig', 'Config',
-           'WrongValue', 'wrong_value']
+           'EarlyStoppingConfig', 'SelectionConfig', 'CheckpointConfig', 'CoverageConfig', 'LoggingConfig',
+           'MlflowConfig', 'Config', 'WrongValue', 'wrong_value']
 
 # %% ../../nbs/0_ground/04_settings.ipynb #04-003
 import math
@@ -154,6 +154,8 @@ class ModelConfig(Section):
     num_layers: Integer = Field(2, ge=1, le=1024)  # attention layers
     dropout: Number = Field(0.25, ge=0, lt=1)  # on the attention weights
     edge_encoder: Literal["mlp", "linear"] = "mlp"  # how edge features become width H
+    residual: Flag = False  # each layer adds to its input, which it sees through a LayerNorm
+    size_features: Flag = False  # the readout also sees how many residues and contacts there are
 
 # %% ../../nbs/0_ground/04_settings.ipynb #04-022
 class DataloaderConfig(Section):
@@ -178,6 +180,8 @@ class TrainerConfig(Section):
     fast_dev_run: Flag = False  # one epoch of one batch
     limit_train_batches: BatchLimit = None  # a number of batches, a fraction, or None for all
     limit_val_batches: BatchLimit = None  # as limit_train_batches
+    average: Literal["none", "ema", "swa"] = "none"  # of the weights: of all steps, or of the last epochs
+    average_decay: Number = Field(0.99, ge=0, lt=1)  # of ema: what a step leaves of the average
     gradient_clip_val: Number | None = Field(None, gt=0)  # largest gradient norm; None = no clipping
     num_threads: Count = 1  # CPU threads, which results depend on; auto: this run's share of the cores
 
@@ -199,7 +203,8 @@ class TrainerConfig(Section):
 class OptimizerConfig(Section):
     "Adam."
 
-    learning_rate: Number = Field(0.005, gt=0)  # at the beginning
+    type: Literal["adam", "adamw"] = "adam"  # adamw: weight_decay apart from the gradient
+    learning_rate: Number = Field(0.005, gt=0)  # at the beginning, or after the warm-up
     weight_decay: Number = Field(0.0, ge=0)  # pull of the weights towards 0
 
 
@@ -209,6 +214,15 @@ class SchedulerConfig(Section):
     type: Literal["reduce_on_plateau", "cosine", "none"] = "reduce_on_plateau"  # the plateau is val_loss's
     factor: Number = Field(0.4, gt=0, lt=1)  # multiplies the learning rate at a plateau
     patience: Integer = Field(12, ge=0)  # epochs without improvement before it does
+    warmup_epochs: Integer = Field(0, ge=0)  # before a cosine: epochs in which the learning rate rises
+
+    @field_validator("warmup_epochs")
+    @classmethod
+    def _before_a_cosine(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("type") != "cosine":
+            fix = {"fix": "set scheduler.type to cosine, or leave the warm-up out"}
+            raise PydanticCustomError("warmup", f"0 with scheduler.type {info.data.get('type')}", fix)
+        return value
 
 
 class EarlyStoppingConfig(Section):
@@ -230,6 +244,12 @@ class SelectionConfig(Section):
     use_val_spearman: Flag = True  # False: the selection metric is val_loss
     spearman_min_delta: Number = Field(0.0, ge=-1, le=1)  # rank correlation that earns nothing
     spearman_weight: Number = Field(1.0, ge=0)  # loss that one unit of rank correlation is worth
+
+# %% ../../nbs/0_ground/04_settings.ipynb #04-301
+class CheckpointConfig(Section):
+    "What a run hands on."
+
+    take: Literal["best", "last"] = "best"  # the epoch that best.ckpt is; last: every epoch is trained
 
 # %% ../../nbs/0_ground/04_settings.ipynb #04-034
 class CoverageConfig(Section):
@@ -292,11 +312,18 @@ class Config(Section):
     scheduler: SchedulerConfig = SchedulerConfig()  # when the learning rate falls
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()  # when to give up
     selection: SelectionConfig = SelectionConfig()  # which epoch is best
+    checkpoint: CheckpointConfig = CheckpointConfig()  # which epoch is the answer
     coverage: CoverageConfig = CoverageConfig()  # how many labels may lack a graph
     logging: LoggingConfig = LoggingConfig()  # what is said, and how often
     mlflow: MlflowConfig = MlflowConfig()  # whether and where MLflow follows
     edge_schema: Mapped = {}  # recorded; `dim` is checked against the width found in the graphs
     topology_schema: Mapped = {}  # recorded
+
+    @property
+    def patience(self) -> int:
+        "Epochs without improvement that end a training; all of them where the last one is the answer."
+        is_last = self.checkpoint.take == "last"
+        return self.trainer.num_epochs if is_last else self.early_stopping.patience
 
 # %% ../../nbs/0_ground/04_settings.ipynb #04-101
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from ..answers.comparison import Comparison, baseline_frames, compare, plot_comp
 from ..answers.evaluation import Evaluation, evaluate, left_out
 from ..answers.evaluation_report import HEADLINE, with_interval
 from ..answers.measures import measure_title
-from ..answers.predictions import prediction_table
 from ..data.batches import Split
 from ..ground.core import ConfigError, DataError
 from ..ground.html_page import figure_html, folded, table_html
+from .candidates import split_table
 from ..training.module import predict_split
 
 # %% ../../nbs/7_pipeline/73c_answer_box.ipynb #73c-006
@@ -38,16 +38,15 @@ def judge(
     checkpoints: Sequence[Path],  # one, or several whose mean it is
     train: Split,  # what simple models are fitted on
     split: Split,  # judged on
+    families: Mapping[str, str] | None = None,  # target -> family: intervals over families
     bootstrap: int = 2000,  # resamples, > 0
     predict: Callable[[Path, Split], np.ndarray] = predict_split,  # (checkpoint, split) -> scores
 ) -> Judged:
     "How good a model is. Raises `DataError` when targets are unknown, `CheckpointError` for what is no model."
     scores = np.stack([predict(checkpoint, split) for checkpoint in checkpoints], axis=1)
-    table = prediction_table(split.names, scores, split.targets)
-    dockq = dict(zip(split.names, split.dockq.double().tolist(), strict=True))
-    frames = {name: table.assign(dockq=table.MODEL.map(dockq))} | baseline_frames(train, split)
+    frames = {name: split_table(split, scores)} | baseline_frames(train, split)
     try:
-        comparison = compare(frames, bootstrap=bootstrap)
+        comparison = compare(frames, families=families, bootstrap=bootstrap)
     except (ConfigError, DataError):  # one target, or unknown ones, which the next line refuses
         return Judged(evaluate(frames[name], name=name, bootstrap=0), None)
     return Judged(comparison.first, comparison)
@@ -84,7 +83,8 @@ def judged_facts(
         for name in known
     ]
     count = f"{len(decoys)} decoys of {decoys.target.nunique()} validation targets"
-    over = "95 % intervals over targets" if found.intervals else "no intervals: they need two targets"
+    unit = "families" if found.scored.clusters.name == "family" else "targets"
+    over = f"95 % intervals over {unit}" if found.intervals else "no intervals: they need two targets"
     lines = [f"{count}; {over}", "the best epoch was chosen on these decoys, so the numbers flatter a little"]
     facts = {"How good": good, "Judged on": lines + left_out(found)}
     if judged.comparison is None:

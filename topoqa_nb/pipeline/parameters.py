@@ -62,6 +62,10 @@ class PipelineParameters(BaseModel):
     jobs: Annotated[StrictInt, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="Runs at a time; auto: fills the cores."
     )
+    ensemble: Literal["auto", "off", "on"] = Field(
+        "auto", description="A mean of runs as the answer: auto (if better), off, on."
+    )
+    families: Path | None = Field(None, description="CSV with target and family: intervals over families.")
     executor: Literal["local", "ray"] = Field("local", description="Where runs are started; so far: local.")
     fast_dev_run: StrictBool = Field(False, description="One batch per run.")
     overrides: Overrides = Field({}, description="Change a configuration key; repeatable.")
@@ -100,6 +104,7 @@ PATH_PARAMETERS = (
     "run_root",
     "reports_dir",
     "resume_from",
+    "families",
 )
 
 

@@ -13,8 +13,15 @@ import pandas as pd
 from ..ground.core import to_json
 from ..ground.html_page import figure_html, folded, html_page, table_html, text_html
 from .answer_box import judged_sections
-from .figures import plot_learning_curves, plot_phases, read_curves
-from .reports import evaluation_table, lineage_table, phases_table, runs_table, show
+from .figures import plot_candidates, plot_learning_curves, plot_phases, read_curves
+from topoqa_nb.pipeline.reports import (
+    candidates_table,
+    evaluation_table,
+    lineage_table,
+    phases_table,
+    runs_table,
+    show,
+)
 from .standing import Standing, pipeline_judged
 from ..runs.record import RunDirectory
 
@@ -50,6 +57,14 @@ def _runs_section(found: Standing) -> str:
     figure = figure_html(plot_learning_curves(read_curves(there, found.run_root))) if drawn else ""
     return _words(runs_table(found.runs)) + figure
 
+# %% ../../nbs/7_pipeline/77_pipeline_report.ipynb #77-100
+def _candidates(found: Standing) -> str:
+    "What could have been the answer; nothing before the end, and of earlier versions."
+    candidates = found.summary.candidates if found.summary else ()
+    return (
+        _words(candidates_table(candidates)) + figure_html(plot_candidates(candidates)) if candidates else ""
+    )
+
 
 def _fine_tunes(runs: Sequence[Mapping]) -> str:
     "Fine-tunes that have ended, against their parents; nothing before the first of them."
@@ -64,6 +79,7 @@ def pipeline_page(
     judged, box = pipeline_judged(found)
     sections = {"Stages": table_html(stages_table(found)), "Runs": _runs_section(found)}
     sections["Fine-tunes against their parents"] = _fine_tunes(found.runs)
+    sections["Candidates"] = _candidates(found)
     sections |= judged_sections(judged) if judged else {}
     if found.summary:
         summary = found.summary.model_dump()

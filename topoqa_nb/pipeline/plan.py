@@ -21,11 +21,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import pandas as pd
+
 from ..data.batches import few
 from ..data.dataset import locate_data
 from ..data.demo import is_demo
+from ..data.families import family_of, read_families
 from ..data.graphs import list_graphs
-from ..data.labels import match_labels, read_labels
+from ..data.labels import match_labels, read_labels, target_of
 from ..ground.config import LoadedConfig, load_config
 from topoqa_nb.ground.core import (
     CheckpointError,
@@ -315,7 +318,18 @@ def settle(
     notes += [seen.note] if (seen := seen_before(config.paths)) and seen.graphs else []
     pipeline = dataclasses.replace(pipeline, data=data, demo=demo, notes=tuple(notes))
     _check_settled(pipeline)
+    _check_families(parameters.families, config.paths)
     return pipeline
+
+
+def _check_families(file: Path | None, paths: PathsConfig) -> None:
+    "Raises `DataError` for a validation target without a family, before anything is trained."
+    if file is None:
+        return
+    families = read_families(file)
+    if paths.graph is not None:
+        names = match_labels(read_labels(paths.val_labels), list_graphs(paths.graph)).names
+        family_of(pd.Series([target_of(name, paths.target_regex) for name in names]), families)
 
 
 def _reports_place(run_root: Path) -> tuple[Path, str]:
@@ -356,7 +370,12 @@ def claim_reports(
     if not file.exists():
         write_json(file, asked)
         return
+    defaults = PipelineParameters().model_dump(mode="json")  # of parameters that an earlier version had not
     recorded = read_json(file, ConfigError)
+    if not isinstance(recorded, dict):
+        fix = "restore the file from a copy, or use another reports_dir"
+        raise ConfigError(file, "the parameters of a pipeline", type(recorded).__name__, fix)
+    recorded = defaults | recorded
     for name, value in asked.items():
         if recorded.get(name) != value:
             raise ConfigError(

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['METRIC_NAMES', 'show', 'dataset_table', 'schema_table', 'runs_table', 'winner_sentence', 'phases_table',
-           'metrics_table', 'comparison_table', 'evaluation_table', 'held_out_sentence', 'lineage_table', 'answer_text']
+           'candidates_table', 'choice_lines', 'metrics_table', 'comparison_table', 'evaluation_table',
+           'held_out_sentence', 'lineage_table', 'answer_text', 'outcome_lines']
 
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-002
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +18,9 @@ import pandas as pd
 from IPython.display import HTML
 from torch import Tensor
 
+from ..answers.evaluation_report import with_interval
+from ..answers.measures import measure_title
+from ..answers.models import SUMMARY, AnswerCandidate, PipelineSummary
 from ..data.batches import Split, few
 from ..data.schema import FeatureSchema
 from ..network.metrics import regression_metrics
@@ -176,6 +181,59 @@ def _run_of(checkpoint: str) -> str:
     "The run that a checkpoint lies in."
     return RunDirectory.of_checkpoint(checkpoint).name or Path(checkpoint).name
 
+# %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-101
+def candidates_table(
+    candidates: Sequence[AnswerCandidate],
+) -> pd.DataFrame:  # a row for each
+    "How good they are, and how far apart."
+    if not candidates:
+        return pd.DataFrame({"candidates": ["not recorded by the version that ran this pipeline"]})
+    return pd.DataFrame([_candidate_row(one) for one in candidates])
+
+
+def _candidate_row(one: AnswerCandidate) -> dict[str, object]:
+    facts = {"candidate": one.name, "runs": len(one.run_names)}
+    facts[one.primary_metric] = with_interval(one.score, one.interval)
+    facts |= {
+        measure_title(name): with_interval(np.nan if told.value is None else told.value, told.interval)
+        for name, told in one.measures.items()
+    }
+    return facts | {"against the best run": _apart(one)}
+
+
+def _apart(one: AnswerCandidate) -> str:
+    "The difference to the best run."
+    told = one.difference
+    if told is None:
+        return ""
+    low, high = told.interval
+    ends = f", 95 % {low:+.3f} to {high:+.3f}" if low is not None and high is not None else ""
+    return f"{told.verdict} ({told.value:+.3f}{ends})"
+
+# %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-104
+def choice_lines(
+    summary: PipelineSummary,
+) -> list[str]:  # sentences; none of a pipeline of an earlier version
+    "Which candidate is taken, and whether the data tell it apart from the others."
+    final, named = summary.final, {one.name: one for one in summary.candidates}
+    if final.name not in named:
+        return []
+    taken, others = named[final.name], [one for name, one in named.items() if name != final.name]
+    lines = [f"Taken: {_candidate_text(taken)}."]
+    if taken.difference:
+        lines.append(f"Against the best run: {_apart(taken)}.")
+    lines += [f"Not taken: {_candidate_text(one)}{_against(one)}." for one in others]
+    return [*lines, *(f"{reason[0].upper()}{reason[1:]}." for reason in summary.left_out)]
+
+
+def _candidate_text(one: AnswerCandidate) -> str:
+    runs = one.run_names[0] if len(one.run_names) == 1 else f"{len(one.run_names)} runs"
+    return f"{one.name} ({runs}), {one.primary_metric} {with_interval(one.score, one.interval)}"
+
+
+def _against(one: AnswerCandidate) -> str:
+    return f"; against the best run: {_apart(one)}" if one.difference else ""
+
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-028
 METRIC_NAMES = {
     "loss": "MSE",
@@ -216,7 +274,8 @@ def evaluation_table(
     if not test:
         return pd.DataFrame({"test labels": ["none given"]})
     counts = {"labels": Path(test["labels"]).name, "decoys": test["coverage"]["usable"]}
-    table = metrics_table({summary["final"]["run_name"]: test["metrics"]})
+    final = summary["final"]
+    table = metrics_table({final.get("run_name") or final["name"]: test["metrics"]})
     return table.assign(**counts)
 
 # %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-401
@@ -253,15 +312,67 @@ def lineage_table(
 def answer_text(
     summary: Mapping,  # pipeline_summary.json
 ) -> str:
-    "The final model, its score and its file."
+    "The final model, its score and its files."
     final = summary["final"]
+    score = f"{final['primary_metric']} {final['score']:.5f}, val_loss {final['val_loss']:.5f}"
     lines = [
-        f"Final model:  {final['run_name']} ({final['stage']}), epoch {_epoch(final['best_epoch'])}",
-        f"Validation:   {final['primary_metric']} {final['score']:.5f}, val_loss {final['val_loss']:.5f}, Spearman {final['val_spearman']:.3f}",
-        f"Checkpoint:   {final['checkpoint']}  (in {summary['run_root']})",
+        f"Final model:  {_model_name(final)}",
+        f"Validation:   {score}, Spearman {final['val_spearman']:.3f}",
+        *_checkpoints(final, summary["run_root"]),
     ]
     lines += [f"Fine-tunes:   {summary.get('kept_parent')}"] * bool(summary.get("kept_parent"))
     lines += ["Data:         the synthetic demo set; none of this is about real complexes"] * bool(
         summary.get("data", {}).get("demo")
     )
     return "\n".join(lines)
+
+
+def _model_name(final: Mapping) -> str:
+    "A run and its epoch, or a mean."
+    if final.get("checkpoints"):
+        return f"{final['name']}, {len(final['checkpoints'])} runs"
+    return f"{final['run_name']} ({final['stage']}), epoch {_epoch(final['best_epoch'])}"
+
+
+def _checkpoints(final: Mapping, run_root: str) -> list[str]:
+    "A line for each file."
+    first, *others = final.get("checkpoints") or [final["checkpoint"]]
+    return [f"Checkpoint:   {first}  (in {run_root})", *(f"              {other}" for other in others)]
+
+# %% ../../nbs/7_pipeline/73a_reports.ipynb #73a-107
+def outcome_lines(
+    summary: PipelineSummary,
+    reports_dir: Path,  # of the pipeline
+) -> list[str]:
+    "Where report, summary and winner lie, how good it is, and what to do with it."
+    final = summary.final
+    lines = [f"report:  {reports_dir / 'full_pipeline.html'}", f"summary: {reports_dir / SUMMARY}"]
+    winner, *others = [summary.run_root / name for name in final.files]
+    lines += [f"winner:  {winner}", *(f"         {other}" for other in others)]
+    lines.append(f"         {final.primary_metric} {final.score:.5f} of {final.run_name or final.name}")
+    lines += [f"         {summary.kept_parent}"] * bool(summary.kept_parent)
+    told = "trained on the synthetic demo data: none of this is about real complexes"
+    lines += [f"         {told}"] * bool(summary.data.get("demo"))
+    lines += [
+        f"answer:  {line}" if k == 0 else f"         {line}" for k, line in enumerate(_judged_lines(summary))
+    ]
+    return [
+        *lines,
+        f"next:    topoqa predict --model {shlex.quote(str(reports_dir))} --graph-dir GRAPHS --out scores.csv",
+    ]
+
+
+def _judged_lines(summary: PipelineSummary) -> list[str]:
+    "The evaluation of the answer; none of a pipeline of an earlier version."
+    taken = next((one for one in summary.candidates if one.name == summary.final.name), None)
+    if taken is None or summary.judged_on is None:
+        return []
+    on = summary.judged_on
+    count = f"{on.decoys} decoys of {on.targets or 'unknown'} validation targets"
+    over = f"95 % intervals over {on.clusters} {'families' if on.over == 'family' else 'targets'}"
+    lines = [f"{taken.name}, judged on {count}; {over if on.over else 'no intervals: they need two targets'}"]
+    for name, told in taken.measures.items():
+        lines.append(
+            f"{measure_title(name)}: {with_interval(np.nan if told.value is None else told.value, told.interval)}"
+        )
+    return lines + choice_lines(summary)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHOWN_EPOCHS', 'Runner', 'SHAPES', 'print_progress', 'run_stage_jobs', 'starting_point', 'fine_tune_config',
-           'earlier_runs', 'sweep_stage', 'needed', 'parent_shapes', 'phase_jobs', 'phase1_stage', 'phase2_stage',
-           'lineage_of', 'evaluate_on_test', 'finish']
+           'earlier_runs', 'sweep_stage', 'needed', 'parent_shapes', 'phase_jobs', 'phase1_stage', 'phase2_stage']
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-002
 import dataclasses
@@ -14,21 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from ..data.batches import load_split
 from ..data.dataset import open_data
-from ..data.demo import is_demo
-from ..data.schema import resolve_schema
-from ..data.store import open_store
 from ..ground.config import config_differences, load_config
-from ..ground.core import RunError, TrainingError, now, read_json, write_json
+from ..ground.core import RunError, TrainingError, write_json
 from ..ground.settings import Config
-from ..network.metrics import regression_metrics
 from topoqa_nb.pipeline.plan import (
-    STAGES,
     Pipeline,
     base_name,
     name_for_checkpoint,
-    seen_before,
     stage_overrides,
     sweep_jobs,
     unused,
@@ -42,7 +34,6 @@ from topoqa_nb.pipeline.stage_record import (
     relative_path,
     run_record,
     stage_file,
-    stage_runs,
 )
 from ..runs.comparability import Comparison, comparison_of
 from ..runs.original import original_settings
@@ -51,7 +42,6 @@ from ..runs.runs import list_runs
 from ..sweep.jobs import SweepResult
 from ..sweep.manifest import Job, load_manifest
 from ..sweep.sweep import run_jobs
-from ..training.module import predict_split
 from ..training.validation import data_section
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-005
@@ -323,86 +313,3 @@ def phase2_stage(
         best = needed(pipeline, "phase1", runner)["best"]
         start = {"checkpoint": best["checkpoint"], "source": best["run_name"]}
     return _phase(pipeline, "phase2", start, sweep["start"]["name"], runner)
-
-# %% ../../nbs/7_pipeline/72_stages.ipynb #72-044
-def lineage_of(
-    final: Mapping,  # record of the final run
-    stages: Mapping[str, Mapping],  # records of the stages
-) -> list[dict]:  # from the oldest ancestor to the final run
-    "How the final weights came about."
-    runs = stage_runs(*stages.values())
-    chain = [final]
-    while chain[0]["parent_checkpoint"]:
-        parents = Path(chain[0]["parent_checkpoint"]).parents
-        found = [run for run in runs if Path(run["run_dir"]) in parents]
-        if not found:
-            break
-        chain.insert(0, found[0])
-    names = (
-        "stage",
-        "run_name",
-        "score",
-        "parent_checkpoint",
-        "parent_score",
-        "improved_on_parent",
-        "checkpoint",
-    )
-    return [{name: run[name] for name in names} for run in chain]
-
-# %% ../../nbs/7_pipeline/72_stages.ipynb #72-048
-def evaluate_on_test(
-    pipeline: Pipeline,  # names test labels, or none
-    final: Mapping,  # record of the final run
-    predict: Callable = predict_split,  # (checkpoint, split, schema) -> scores
-) -> dict | None:  # metrics and coverage; None without test labels
-    "Metrics of the final model on the test labels."
-    labels = pipeline.data.get("paths.test_labels")
-    if labels is None:
-        return None
-    run = RunDirectory(pipeline.run_root / final["run_dir"])
-    trust = stage_overrides(pipeline, "sweep").get(
-        "paths.trust_pickles", False
-    )  # of this call, not of the run
-    paths = load_config(run.config_file, {"paths.trust_pickles": trust}).config.paths
-    store = open_store(paths.graph, trust_pickles=paths.trust_pickles, store_dir=paths.store)
-    split = load_split("test", labels, store, target_regex=paths.target_regex)
-    beside = {"metadata_path": paths.metadata, "summary_path": paths.summary}  # what the run was told
-    schema = resolve_schema(paths.graph, models=split.names, store=store, **beside)
-    scores = predict(pipeline.run_root / final["checkpoint"], split, schema=schema)
-    metrics = regression_metrics(scores, split.dockq.numpy(), split.targets)
-    metrics = {name.removeprefix("val_"): value for name, value in metrics.items()}
-    seen = seen_before(fine_tune_config(pipeline).paths).graphs  # before all that training is
-    return {"labels": labels, "coverage": split.coverage.to_dict(), "seen_before": seen, "metrics": metrics}
-
-# %% ../../nbs/7_pipeline/72_stages.ipynb #72-051
-def finish(
-    pipeline: Pipeline,  # its stages have completed
-    predict: Callable = predict_split,  # (checkpoint, split, schema) -> scores
-) -> dict:  # the content of pipeline_summary.json
-    "Name the final model, evaluate it on the test labels if there are any, and write the summary."
-    file = pipeline.reports_dir / "pipeline_summary.json"
-    if file.exists():
-        return read_json(file, RunError)
-    names = STAGES[:1] if pipeline.parameters.skip_fine else STAGES
-    stages = {name: needed(pipeline, name) for name in names}
-    final = best_run(stage_runs(*stages.values()))
-    summary = {
-        "status": "completed",
-        "completed": now(),
-        "seconds": round(sum(record["seconds"] for record in stages.values()), 2),
-        "run_root": pipeline.run_root,
-        "parameters": pipeline.parameters.model_dump(mode="json") | _used_manifest(pipeline),
-        "data": pipeline.data | {"demo": is_demo(pipeline.data["paths.graph"])},
-        "stages": stages,
-        "lineage": lineage_of(final, stages),
-        "final": final,
-        "kept_parent": kept_parent_text(stage_runs(*list(stages.values())[1:])),
-        "test": evaluate_on_test(pipeline, final, predict),
-    }
-    write_json(file, summary)
-    return read_json(file, RunError)
-
-
-def _used_manifest(pipeline: Pipeline) -> dict[str, object]:
-    "The jobs that were run, also where nobody named them."
-    return {} if pipeline.parameters.skip_sweep else {"manifest": str(pipeline.manifest)}

@@ -15,13 +15,15 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..answers.models import SUMMARY, model_files
+from ..answers.models import SUMMARY, PipelineSummary, model_files, read_summary
 from ..data.dataset import open_data
+from ..data.families import read_families
 from ..ground.config import load_config
 from ..ground.core import RunError, TopoqaError, read_json
 from ..ground.settings import wrong_value
 from .answer_box import Judged, answer_box, beats_baselines, judge, judged_facts, next_steps
 from .plan import STAGES
+from .reports import choice_lines
 from .stage_record import best_run, run_record, stage_file
 from ..runs.record import RunDirectory
 
@@ -64,24 +66,9 @@ class _Stage(_Part):
     error: _Failure | None = None
 
 # %% ../../nbs/7_pipeline/73d_standing.ipynb #73d-007
-class _Final(_Part):
-    name: str | None = None  # of an ensemble
-    run_name: str | None = None  # of a single run
-    stage: str | None = None
-    best_epoch: int | None = None
-    checkpoints: tuple[str, ...] = ()
-
-
-class _Summary(_Part):
-    final: _Final
-    completed: str | None = None
-    seconds: float | None = None
-    lineage: tuple[dict, ...] = ()
-    test: dict | None = None
-
-
 class _Asked(_Part):
     run_root: Path
+    families: Path | None = None
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -103,7 +90,7 @@ class Standing:
     reports_dir: Path
     asked: Mapping  # its parameters, as they were claimed
     stages: Mapping[str, _Stage]  # those that began; runs of one that is going as they are now
-    summary: _Summary | None  # None: it has not ended
+    summary: PipelineSummary | None  # None: it has not ended
 
     @property
     def run_root(self) -> Path:
@@ -148,7 +135,7 @@ def standing(
         for name in STAGES
         if stage_file(folder, name).exists()
     }
-    summary = _read(folder / SUMMARY, _Summary, again) if (folder / SUMMARY).exists() else None
+    summary = read_summary(folder) if (folder / SUMMARY).exists() else None
     return Standing(folder, asked.model_dump(mode="json"), stages, summary)
 
 # %% ../../nbs/7_pipeline/73d_standing.ipynb #73d-014
@@ -160,18 +147,22 @@ def chosen_model(
         best = best_run(found.runs)
         return [f"the best so far: {_run_line(best)}"] if best else []
     final = found.summary.final
-    if len(final.checkpoints) > 1:
-        runs = [Path(checkpoint).parent.parent.name for checkpoint in final.checkpoints]
-        return [final.name or f"the mean of {len(runs)} models", *runs]
-    return [_run_line(final.model_dump())]
+    if len(final.files) < 2:
+        return [_run_line(final.model_dump() | {"run_name": final.run_name or final.name})]
+    runs = [Path(checkpoint).parent.parent.name for checkpoint in final.files]
+    return [f"{final.name or 'the mean'}, {len(runs)} models{_score_of(final.model_dump())}", *runs]
 
 
 def _run_line(run: Mapping) -> str:
     "A run, its stage and its best epoch."
     epoch = {None: "", -1: ", its parent's weights"}.get(run["best_epoch"], f", epoch {run['best_epoch']}")
-    score = run.get("score")
-    said = "" if score is None else f": {run.get('primary_metric') or 'score'} {score:.5f}"
-    return f"{run['run_name'] or 'a model'} ({run['stage'] or 'stage unknown'}{epoch}){said}"
+    return f"{run['run_name'] or 'a model'} ({run['stage'] or 'stage unknown'}{epoch}){_score_of(run)}"
+
+
+def _score_of(facts: Mapping) -> str:
+    "The score of a run or a mean, if it is known."
+    score = facts.get("score")
+    return "" if score is None else f": {facts.get('primary_metric') or 'score'} {score:.5f}"
 
 # %% ../../nbs/7_pipeline/73d_standing.ipynb #73d-016
 def chosen_files(
@@ -187,21 +178,23 @@ def chosen_files(
 def judge_run_files(
     files: Sequence[Path],  # checkpoints inside of runs
     name: str,  # of the model
+    families: str | Path | None = None,  # CSV: intervals over families
 ) -> Judged:
     "Judge on the validation data of the first run. Raises `TopoqaError` when they cannot be read."
     data = open_data(load_config(RunDirectory.of_checkpoint(files[0]).config_file).config)
-    return judge(name, files, data.train, data.val)
+    return judge(name, files, data.train, data.val, read_families(families) if families else None)
 
 
 def judged_or_why(
     files: Sequence[Path],  # checkpoints inside of runs; may be empty
     name: str,  # of the model
+    families: str | Path | None = None,  # CSV: intervals over families
 ) -> tuple[Judged | None, dict[str, list[str]]]:  # None and why; else what the box says
     "Judge what can be judged: a report is made in any case."
     if not files:
         return None, {"How good": ["not known before the first epoch is done"]}
     try:
-        judged = judge_run_files(files, name)
+        judged = judge_run_files(files, name, families)
     except (TopoqaError, OSError) as problem:  # the data may be gone long ago
         return None, {"How good": [f"not judged: {problem}"]}
     return judged, judged_facts(judged)
@@ -216,8 +209,10 @@ def pipeline_judged(
     except TopoqaError as problem:
         judged, facts = None, {"How good": [f"not judged: {problem}"]}
     else:
-        judged, facts = judged_or_why(files, "final model" if found.summary else "best so far")
+        name = "final model" if found.summary else "best so far"
+        judged, facts = judged_or_why(files, name, found.asked.get("families"))
     about = {"Pipeline": [found.status], "Model": chosen_model(found)}
+    about["Candidates"] = choice_lines(found.summary) if found.summary else []
     if found.summary is None:
         steps = [
             "see how it stands later:",

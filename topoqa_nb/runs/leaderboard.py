@@ -14,10 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rich.table import Table
-from rich.text import Text
-
-from ..ground.console import show, standard_output
+from ..ground.console import print_columns
 from topoqa_nb.ground.core import (
     CheckpointError,
     RunError,
@@ -30,7 +27,7 @@ from topoqa_nb.ground.core import (
 )
 from .comparability import comparison_text, grouped, left_out_text
 from .progress import ending_text, left_text, progress
-from .record import RunDirectory, RunRecord, Runtime, read_record
+from .record import RunDirectory, RunRecord, Runtime, complete_settings, read_record
 from .runs import best_scores, judged_by, list_runs, read_metrics
 from .selection import as_loss, best_checkpoint, direction, other_metric
 
@@ -120,7 +117,8 @@ def settings_fingerprint(
     record: RunRecord,  # of one run
 ) -> str:  # 12 hex digits
     "Equal for runs that differ in seed, in place, and in what is shown and copied alone."
-    settings = {name: keys for name, keys in record.settings.items() if name not in ("logging", "mlflow")}
+    complete = complete_settings(record.settings).items()
+    settings = {name: keys for name, keys in complete if name not in ("logging", "mlflow")}
     for section, key in (("dataloader", "seed"), ("paths", "save_dir")):
         stated = settings.get(section) or {}
         settings[section] = {name: value for name, value in stated.items() if name != key}
@@ -266,7 +264,9 @@ def _text_of(value: object) -> str:
     "A cell of a table."
     if isinstance(value, float):
         return f"{value:.5f}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+    if isinstance(value, list):
+        return ", ".join("unknown" if item is None else str(item) for item in value)
+    return "" if value is None else str(value)
 
 
 def _run_cells(
@@ -292,31 +292,39 @@ def _config_cells(
     return {shown: row[name] for name, shown in (names | last).items()} | told
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-043
-def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+# what a narrow terminal shows of runs, and of settings: the most needed first
+_NEEDED = (
+    "rank", "run", "config", "score", "mean", "status", "verdict", "left", "reason", "sd", "best run", "seeds", "val_loss",
+    "val_spearman", "epoch", "epochs", "mode", *_REPORTED,
+)  # fmt: skip
+_WORDS = ("config", "seeds", "status", "verdict", "left", "reason")
+
+
+def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> list[str]:
     "A table on a terminal, or a wide one elsewhere; columns that are empty in all rows are left out."
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
-    for name in names:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*[Text(_text_of(row[name])) for name in names])
-    show(table, standard_output())
+    return print_columns(
+        [{name: _text_of(row[name]) for name in names} for row in rows], _NEEDED, _WORDS, title
+    )
 
-
+# %% ../../nbs/3_runs/35_leaderboard.ipynb #35-100
 def _print_tables(
     rows: Sequence[Mapping[str, object]],  # from `leaderboard` or `by_config`
 ) -> None:
     "A table for each group, and one for what has no rank."
     cells = _config_cells if rows and "seeds" in rows[0] else _run_cells
-    ranked = [row for row in rows if row["rank"] is not None]
+    ranked, left_out = [row for row in rows if row["rank"] is not None], []
     numbers = dict.fromkeys(row["group"] for row in ranked)
     for number in numbers:
         group = [row for row in ranked if row["group"] == number]
         title = f"ranked by {group[0]['metric']}, {direction(group[0]['metric'])}"
         title += f"; {group[0]['comparison']}" if len(numbers) > 1 else ""
-        _print_table(title, [cells(row) for row in group])
+        left_out += _print_table(title, [cells(row) for row in group])
     if len(ranked) < len(rows):
-        _print_table("not ranked", [cells(row) for row in rows if row["rank"] is None])
+        left_out += _print_table("not ranked", [cells(row) for row in rows if row["rank"] is None])
+    if left_out:
+        names = ", ".join(dict.fromkeys(left_out))
+        print(f"\nno room for {names}: a wider terminal shows them, and --format json", file=sys.stderr)
     if not rows:
         print("no runs")
 

@@ -38,12 +38,14 @@ def outlook(
     metrics: pd.DataFrame,  # from `read_metrics`
 ) -> dict[str, object]:  # epochs and seconds left: at most, and if nothing improves; None where unknown
     "What is left of a run."
-    primary, stopping = record.selection.ranked_by, record.training_parameters.early_stopping
+    primary, parameters = record.selection.ranked_by, record.training_parameters
     start = record.score_to_beat
-    idle = idle_epochs(metrics[primary], stopping.min_delta, math.inf if start is None else start)
+    idle = idle_epochs(
+        metrics[primary], parameters.early_stopping.min_delta, math.inf if start is None else start
+    )
     done, epochs = int(metrics.epoch.iloc[-1]) + 1 if len(metrics) else 0, record.progress.epochs
     left = None if epochs is None else max(0, epochs - done)
-    stop = None if stopping.patience is None else max(1, stopping.patience - idle)
+    stop = None if parameters.patience is None else max(1, parameters.patience - idle)
     seconds = (record.runtime.epoch_seconds or ())[-_RECENT_EPOCHS:]
     pace = statistics.median(seconds) if seconds else None
     return {
@@ -99,7 +101,6 @@ def ending_text(
         return f"{record.status} after {done} of {asked} epochs"
     if record.status != "completed" or asked is None:
         return None
-    patience = record.training_parameters.early_stopping.patience
     if done >= asked:
         return f"all {asked} epochs"
-    return f"early stopping after {done} of {asked} epochs (early_stopping.patience {patience})"
+    return f"early stopping after {done} of {asked} epochs (early_stopping.patience {record.training_parameters.patience})"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDED', 'RunDirectory', 'initial_metadata', 'Selection', 'Checkpoints', 'Lineage', 'Runtime', 'Progress', 'Data',
-           'Tracked', 'Stopping', 'Loader', 'Parameters', 'RunRecord', 'record_of', 'read_record', 'read_metadata',
-           'merged', 'update_metadata', 'check_not_original']
+           'Tracked', 'Stopping', 'Answer', 'Loader', 'Parameters', 'RunRecord', 'complete_settings', 'record_of',
+           'read_record', 'read_metadata', 'merged', 'update_metadata', 'check_not_original']
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-003
 import os
@@ -257,6 +257,12 @@ class Stopping(_Part):
     min_delta: _Strict = 0
 
 
+class Answer(_Part):
+    "Which epoch is the answer."
+
+    take: Literal["best", "last"] = "best"
+
+
 class Loader(_Part):
     "Of the data loader."
 
@@ -267,12 +273,18 @@ class Parameters(_Part):
     "The resolved configuration."
 
     early_stopping: _Section[Stopping] = Stopping()
+    checkpoint: _Section[Answer] = Answer()
     dataloader: _Section[Loader] = Loader()
     paths: _Section[dict[str, object]] = {}
     model: _Section[dict[str, object]] = {}
     trainer: _Section[dict[str, object]] = {}
     optimizer: _Section[dict[str, object]] = {}
     scheduler: _Section[dict[str, object]] = {}
+
+    @property
+    def patience(self) -> float | None:
+        "Epochs without improvement that end a run; None: unknown, or it trains every epoch and takes the last."
+        return None if self.checkpoint.take == "last" else self.early_stopping.patience
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-025
 class _Kept(_Part):
@@ -336,6 +348,19 @@ class RunRecord(_Kept):
     def is_going(self) -> bool:
         "Is this run still training, as far as anybody can tell?"
         return self.process in ("alive", "unknown")
+
+# %% ../../nbs/3_runs/32_record.ipynb #32-301
+def complete_settings(
+    settings: Mapping[str, object],  # a resolved configuration as it is written, by section
+) -> dict[str, object]:
+    "The same with every key that exists now."
+    defaults = Config().model_dump(mode="json").items()
+    known = {
+        name: {**default, **(settings.get(name) or {})}
+        for name, default in defaults
+        if isinstance(default, Mapping)
+    }
+    return {**settings, **known}
 
 # %% ../../nbs/3_runs/32_record.ipynb #32-032
 def record_of(

@@ -172,9 +172,10 @@ def best_epoch(
     rows: Iterable[Mapping[str, float]],  # by the columns of metrics.csv, NaN where undefined
     primary_metric: str = "selection_metric",  # one of `METRICS`
     parent_score: Mapping[str, float] | None = None,  # metrics of the weights a fine-tune started from
+    take: str = "best",  # best or last: which epoch counts
 ) -> dict[str, object]:  # by the values of `BEST`; None where unknown
     "The best epoch so far, as it stands in the metadata."
-    best = best_row(rows, primary_metric, parent_score)
+    best = best_row(rows, primary_metric, parent_score, take)
     columns = (primary_metric, "epoch", "val_loss", "val_spearman_corr")
     return {entry: best.get(column) for entry, column in zip(BEST.values(), columns, strict=True)}
 
@@ -183,12 +184,16 @@ def best_row(
     rows: Iterable[Mapping[str, float]],  # as above
     primary_metric: str,  # one of `METRICS`
     parent_score: Mapping[str, float] | None = None,  # as above
+    take: str = "best",  # as above
 ) -> Mapping[str, float]:  # all that is known of the best epoch; empty without one
     "The row of the best epoch; that of a parent has the epoch -1 and its metrics alone."
     judged = dict.fromkeys(("val_loss", "val_spearman_corr", *METRICS))
     parent = (
         [{"epoch": -1} | {name: parent_score.get(name, math.nan) for name in judged}] if parent_score else []
     )
+    if take == "last":
+        known = [*parent, *rows]
+        return known[-1] if known else {}
     there = [row for row in (*rows, *parent) if math.isfinite(as_loss(row[primary_metric], primary_metric))]
     order = lambda row: (as_loss(row[primary_metric], primary_metric), row["val_loss"], row["epoch"])  # noqa: E731
     return min(there, key=order, default={})
@@ -223,7 +228,8 @@ def update_best(
     "Enter the best epoch of metrics.csv, or the parent, into the metadata."
     record = read_record(run) if run.metadata_file.exists() else RunRecord()
     rows = read_metrics(run).to_dict("records")
-    best = best_epoch(rows, record.selection.ranked_by, record.lineage.parent_score)
+    take = record.training_parameters.checkpoint.take
+    best = best_epoch(rows, record.selection.ranked_by, record.lineage.parent_score, take)
     return update_metadata(run, selection=best)
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-033

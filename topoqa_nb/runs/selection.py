@@ -164,11 +164,15 @@ def kept(
     candidates: Iterable[Candidate],  # those kept so far, and the new one
     primary_metric: str = "selection_metric",  # one of `METRICS`
     keep: int = 3,  # how many of the primary ranking stay, > 0
+    take: str = "best",  # best or last: the epoch that comes first
 ) -> tuple[list[Candidate], Candidate | None]:  # best first; the best by the other metric, None without any
     "Which checkpoints stay: the best few, and the best by the other metric, which may be one of them."
     candidates = list(candidates)
-    by_other = rank(candidates, other_metric(primary_metric))
-    return rank(candidates, primary_metric)[:keep], by_other[0] if by_other else None
+    by_other, ranked = (rank(candidates, metric) for metric in (other_metric(primary_metric), primary_metric))
+    if take == "last":
+        last = max((item.epoch for item in candidates), default=None)
+        ranked.sort(key=lambda item: item.epoch != last)
+    return ranked[:keep], by_other[0] if by_other else None
 
 # %% ../../nbs/3_runs/30_selection.ipynb #30-030
 RANK_LINKS = ("best.ckpt", "second_best.ckpt", "third_best.ckpt")

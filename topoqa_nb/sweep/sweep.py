@@ -22,7 +22,7 @@ from ..data.store import open_store
 from ..ground.core import ConfigError, TopoqaError, scratch_folder, sha256_file
 from ..ground.settings import Config, MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
-from ..runs.record import RunDirectory, RunRecord
+from ..runs.record import RunDirectory, RunRecord, complete_settings
 from ..runs.runs import check_run_name, list_runs
 from topoqa_nb.sweep.jobs import (
     POLL_SECONDS,
@@ -71,14 +71,9 @@ def _is_named_after(run: RunDirectory, job: Job) -> bool:
 
 
 def _settings(parameters: Mapping) -> dict:
-    "A resolved configuration without the place of its runs; what an earlier version did not know has its default."
-    known = {
-        name: {**default, **(parameters.get(name) or {})}
-        for name, default in Config().model_dump(mode="json").items()
-        if isinstance(default, Mapping)
-    }
-    paths = {key: value for key, value in known["paths"].items() if key != "save_dir"}
-    return {**parameters, **known, "paths": paths}
+    "A resolved configuration without the place of its runs."
+    known = complete_settings(parameters)
+    return known | {"paths": {key: value for key, value in known["paths"].items() if key != "save_dir"}}
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-012
 def fingerprints_of(

@@ -367,9 +367,10 @@ class RankedCheckpoints(Checkpoint):
         primary_metric: str,  # one of `METRICS`
         parent: Mapping[str, float] | None = None,  # every metric of the weights to beat
         identity: str | None = None,  # of the run, kept in every checkpoint
+        take: str = "best",  # best or last: the epoch that best.ckpt is
     ):
         self.run, self.primary_metric, self.parent = run, primary_metric, parent
-        self.identity = identity
+        self.identity, self.take = identity, take
         self.candidates: list[Candidate] = []
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict) -> None:
@@ -384,7 +385,8 @@ class RankedCheckpoints(Checkpoint):
 
     def _save(self, trainer: Trainer, row: Mapping[str, float]) -> None:
         new = candidate_of(row, self.primary_metric)
-        before, ranking = self.candidates, Ranking(*kept([*self.candidates, new], self.primary_metric))
+        before, candidates = self.candidates, [*self.candidates, new]
+        ranking = Ranking(*kept(candidates, self.primary_metric, take=self.take))
         self.candidates = ranking.candidates  # the checkpoint that is saved now holds itself
         folder, primary = self.run.checkpoints, self.primary_metric
         store_checkpoint(folder, new, ranking, before, primary, trainer.save_checkpoint)
@@ -418,11 +420,11 @@ class MetadataWriter(Checkpoint):
 
     def _write(self, trainer: Trainer) -> None:
         rows, ranking = self.recorder.rows.rows, self.checkpoints
-        ranked, _ = kept(ranking.candidates, ranking.primary_metric)
+        ranked, _ = kept(ranking.candidates, ranking.primary_metric, take=ranking.take)
         update_metadata(
             self.run,
             progress={"epoch": rows[-1]["epoch"] if rows else None, "epochs": trainer.max_epochs},
             runtime={"epoch_seconds": self.recorder.epoch_seconds},
-            selection=best_epoch(rows, self.primary_metric, self.parent_score),
+            selection=best_epoch(rows, self.primary_metric, self.parent_score, ranking.take),
             checkpoints=ranking_record(ranked),
         )

@@ -4,26 +4,33 @@
 
 # %% auto #0
 __all__ = ['PASS_NODES', 'PASS_EDGES', 'GPU_FACTOR', 'VALIDATION_BATCH', 'rng_state', 'set_rng_state', 'window_scale',
-           'graphs_a_pass', 'batches_together', 'make_scheduler', 'MeanLoss', 'SplitScores', 'check_loss', 'BatchMover',
-           'ResumableModule', 'part_sizes', 'part_losses', 'count_losses', 'TopoQAModule', 'predict', 'predict_split']
+           'graphs_a_pass', 'batches_together', 'make_optimizer', 'make_scheduler', 'MeanLoss', 'SplitScores',
+           'check_loss', 'BatchMover', 'ResumableModule', 'part_sizes', 'part_losses', 'count_losses', 'TopoQAModule',
+           'predict', 'predict_split']
 
 # %% ../../nbs/4_training/41_module.ipynb #41-003
 import math
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from ..data.batches import Split, make_loader
 from ..data.schema import FeatureSchema, check_features, resolve_schema
 from ..ground.core import TrainingError, plain
-from ..ground.settings import Config, SchedulerConfig, TrainerConfig
+from ..ground.settings import Config, OptimizerConfig, SchedulerConfig, TrainerConfig
 from ..network.metrics import regression_metrics
 from ..network.model import TopoQANet
 from ..network.weights import load_model
@@ -95,17 +102,30 @@ def batches_together(
     return max((count for count in range(1, min(most, window) + 1) if window % count == 0), default=1)
 
 # %% ../../nbs/4_training/41_module.ipynb #41-014
+def make_optimizer(
+    parameters: Iterable[torch.nn.Parameter],  # that it changes
+    config: OptimizerConfig,  # type, learning rate, weight decay
+) -> torch.optim.Optimizer:
+    "The optimizer of a configuration."
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.type]
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
 def make_scheduler(
     optimizer: torch.optim.Optimizer,  # whose learning rate is scheduled
-    config: SchedulerConfig,  # type, factor, patience
-    epochs: int,  # length of the cosine
+    config: SchedulerConfig,  # type, factor, patience, warmup_epochs
+    epochs: int,  # length of the cosine, the warm-up included
 ) -> LRScheduler | None:  # None for `type: none`
     "The learning-rate schedule of a configuration, stepped once an epoch."
     if config.type == "reduce_on_plateau":
         return ReduceLROnPlateau(optimizer, factor=config.factor, patience=config.patience)
-    if config.type == "cosine":
+    if config.type == "none":
+        return None
+    rise = min(config.warmup_epochs, epochs - 1)  # fast_dev_run has one epoch
+    if not rise:
         return CosineAnnealingLR(optimizer, T_max=epochs)
-    return None
+    parts = LinearLR(optimizer, 1 / (rise + 1), total_iters=rise), CosineAnnealingLR(optimizer, epochs - rise)
+    return SequentialLR(optimizer, parts, milestones=[rise])
 
 # %% ../../nbs/4_training/41_module.ipynb #41-017
 class MeanLoss:
@@ -195,7 +215,7 @@ class BatchMover(LightningModule):
 
 # %% ../../nbs/4_training/41_module.ipynb #41-029
 class ResumableModule(BatchMover):
-    "Adam and a schedule that steps once an epoch; a checkpoint brings back schedule and random generators."
+    "An optimizer and a schedule that steps once an epoch; a checkpoint brings back schedule and random generators."
 
     def __init__(
         self,
@@ -208,10 +228,7 @@ class ResumableModule(BatchMover):
         self.restored: Mapping | None = None  # the checkpoint that a resumed run continues
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        rates = self.config.optimizer
-        optimizer = torch.optim.Adam(
-            self.parameters(), lr=rates.learning_rate, weight_decay=rates.weight_decay
-        )
+        optimizer = make_optimizer(self.parameters(), self.config.optimizer)
         self.scheduler = make_scheduler(optimizer, self.config.scheduler, self.trainer.max_epochs)
         if self.restored and self.scheduler:
             self.scheduler.load_state_dict(self.restored["scheduler"])

@@ -35,10 +35,11 @@ from ..ground.settings import Config, PrimaryMetric, wrong_value
 from ..network.weights import load_model
 from ..runs.record import RunDirectory, check_not_original, read_metadata, update_metadata
 from ..runs.runs import read_metrics
+from .averaging import averaged_state
 from .callbacks import has_stopped
 from .devices import check_device, kernel_of, torch_threads
 from .mlflow_store import check_tracking
-from .module import make_scheduler
+from .module import make_optimizer, make_scheduler
 from .rewind import Start, find_start, finish_rewinds, next_folder, rewind
 from .tracking import open_tracker
 from topoqa_nb.training.training import (
@@ -135,10 +136,8 @@ def drift(
         for key, (before, after) in config_differences(recorded_config, config).items()
         if not key.startswith(NOT_DRIFT)
     ]
-    if config.scheduler.type == "cosine" and recorded_config.trainer.num_epochs != config.trainer.num_epochs:
-        lines.append(
-            "trainer.num_epochs: the cosine schedule of the run was made for its own number of epochs"
-        )
+    if recorded_config.trainer.num_epochs != config.trainer.num_epochs:
+        lines += [f"trainer.num_epochs: {reason}" for reason in _bound_to_length(config)]
     before = metadata["data"]["fingerprint"]
     if before not in data.fingerprints:
         lines.append(
@@ -153,6 +152,17 @@ def drift(
     return lines + (schema_differences(trained_on, data.schema) if trained_on else [])
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-505
+def _bound_to_length(config: Config) -> list[str]:
+    "What of a configuration was made for its own number of epochs."
+    bound = {
+        "the cosine schedule": config.scheduler.type == "cosine",
+        "the average of the last epochs": config.trainer.average == "swa",
+    }
+    return [
+        f"{what} of the run was made for its own number of epochs" for what, is_so in bound.items() if is_so
+    ]
+
+
 def _recorded_config(metadata: Mapping) -> Config:
     "The configuration in the metadata. Raises `RunError`; what is no drift may have become invalid since."
     parts = {
@@ -225,9 +235,8 @@ def check_unfinished(
     if metadata["status"] != "completed" or not start.is_over(config):
         return
     found = f"one of epoch {start.epoch}"
-    if has_stopped(start.content, config.early_stopping.patience):
-        patience = config.early_stopping.patience
-        expected = f"a checkpoint before early stopping (early_stopping.patience {patience})"
+    if has_stopped(start.content, config.patience):
+        expected = f"a checkpoint before early stopping (early_stopping.patience {config.patience})"
         fix = (
             "name an earlier checkpoint, or raise it with --override early_stopping.patience=N --accept-drift"
         )
@@ -301,7 +310,7 @@ def check_restorable(
             torch.Generator().set_state(content["rng"]["torch"])
             random.Random().setstate((python[0], tuple(python[1]), python[2]))
             np.random.RandomState().set_state(tuple(numpy))
-            problem = _optimizer_problem(content["optimizer_states"], model)
+            problem = _optimizer_problem(content["optimizer_states"], model, config)
         except Exception as error:  # whatever the generators and the optimizer say
             problem = f"{type(error).__name__}: {error}"
     if problem:
@@ -311,17 +320,19 @@ def check_restorable(
 
 def _fresh_state(model: torch.nn.Module, config: Config) -> dict[str, object]:
     "The parts of a checkpoint that every start of this configuration saves in the same form."
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = make_optimizer(model.parameters(), config.optimizer)
     scheduler = make_scheduler(optimizer, config.scheduler, config.trainer.num_epochs)
     rng = {"torch": torch.get_rng_state(), "cuda": [], "python": [], "numpy": []}
     fresh = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "", "loops": {}, "callbacks": {}}
     fresh |= {"epoch_row": {}, "rng": rng, "optimizer_states": [], "lr_schedulers": []}
+    if config.trainer.average != "none":
+        fresh |= averaged_state(model)
     return fresh | {"scheduler": scheduler.state_dict() if scheduler else None}
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-504
-def _optimizer_problem(states: list, model: torch.nn.Module) -> str | None:
-    "Why the state of Adam does not belong to these weights."
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+def _optimizer_problem(states: list, model: torch.nn.Module, config: Config) -> str | None:
+    "Why the state of an optimizer does not belong to these weights."
+    optimizer = make_optimizer(model.parameters(), config.optimizer)
     optimizer.load_state_dict(states[0])
     for weight, state in optimizer.state.items():
         kept = [state[key] for key in ("exp_avg", "exp_avg_sq")]

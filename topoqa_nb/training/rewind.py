@@ -22,7 +22,7 @@ from ..ground.core import CheckpointError, RunError, read_json, write_json, writ
 from ..ground.files import as_written
 from ..ground.settings import Config
 from ..network.weights import read_checkpoint
-from ..runs.record import RunDirectory, read_metadata, update_metadata
+from ..runs.record import RunDirectory, read_metadata, read_record, update_metadata
 from ..runs.runs import update_best
 from ..runs.selection import best_checkpoint, kept, parse_checkpoint_name, update_links
 from topoqa_nb.training.callbacks import (
@@ -50,7 +50,7 @@ class Start:
     def is_over(self, config: Config) -> bool:
         "Is there no epoch left to train?"
         epochs = 1 if config.trainer.fast_dev_run else config.trainer.num_epochs
-        return self.epoch + 1 >= epochs or has_stopped(self.content, config.early_stopping.patience)
+        return self.epoch + 1 >= epochs or has_stopped(self.content, config.patience)
 
 # %% ../../nbs/4_training/44a_rewind.ipynb #44a-008
 class _Saved(BaseModel):
@@ -194,9 +194,10 @@ def settle_checkpoints(
     start: Start,  # where it goes on
 ) -> None:
     "Make last.chkpt, links and metadata those of a checkpoint, whose later ones have been moved away."
-    folder, primary = run.checkpoints, read_metadata(run)["selection"]["primary_metric"]
+    known, folder = read_record(run), run.checkpoints
+    primary, take = known.selection.ranked_by, known.training_parameters.checkpoint.take
     there = [each for each in saved_ranking(start.content) if (folder / each.filename).is_file()]
-    ranked, other_best = kept(there, primary)
+    ranked, other_best = kept(there, primary, take=take)
     last = run.last_checkpoint
     if start.source and _file_epoch(last) != start.epoch:
         copy_checkpoint(start.source, last)

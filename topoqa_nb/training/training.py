@@ -39,11 +39,12 @@ from topoqa_nb.ground.core import (
 from ..ground.machine import thread_count
 from ..ground.settings import Config
 from ..ground.signals import Interrupted, forget_children, interruptible
-from ..network.model import build_model
+from ..network.model import TopoQANet, build_model
 from ..runs.progress import ending_text
-from ..runs.record import RunDirectory, read_record, update_metadata
+from ..runs.record import RunDirectory, RunRecord, read_record, update_metadata
 from ..runs.runs import create_run, update_best
-from ..runs.selection import HIGHER_IS_BETTER, describe_rule
+from ..runs.selection import HIGHER_IS_BETTER, as_loss, describe_rule
+from .averaging import averaging
 from topoqa_nb.training.callbacks import (
     EarlyStopping,
     LocalCheckpoints,
@@ -114,6 +115,7 @@ def check_trainer(
     config: Config,  # of the run
 ) -> None:
     "Raise `ConfigError` for what Lightning, or the system's loader processes, would refuse."
+    _check_schedule(config)
     if config.dataloader.num_workers:
         prepare_workers()
     logging.disable(logging.WARNING)
@@ -125,6 +127,14 @@ def check_trainer(
         raise ConfigError("trainer", "settings that Lightning takes", str(problem), fix) from None
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _check_schedule(config: Config) -> None:
+    "Raise `ConfigError` for a warm-up that leaves the cosine no epoch."
+    epochs, rise = config.trainer.num_epochs, config.scheduler.warmup_epochs
+    if rise >= epochs:
+        expected = f"fewer than the {epochs} epochs of trainer.num_epochs"
+        raise ConfigError("scheduler.warmup_epochs", expected, str(rise), "shorten the warm-up")
 
 # %% ../../nbs/4_training/44_training.ipynb #44-025
 def run_environment(
@@ -167,6 +177,8 @@ def describe_start(
     for split in (data.train, data.val):
         log.info(f"{split.name}: {len(split)} of {split.coverage.total} labelled decoys have a graph")
     log.info(describe_rule(config.selection))
+    if config.checkpoint.take == "last":
+        log.info("Every epoch is trained, and best.ckpt is the last one (checkpoint.take: last)")
     if parent:
         log.info(f"Fine-tune of {parent.checkpoint.name}: {config.selection.primary_metric} to beat = "
                  f"{parent.score[config.selection.primary_metric]:.5f}")  # fmt: skip
@@ -237,18 +249,41 @@ def make_callbacks(
     "The callbacks of a run; a parent's score is known to all that rank."
     primary = config.selection.primary_metric
     stopping = EarlyStopping(
-        primary, patience=config.early_stopping.patience, min_delta=config.early_stopping.min_delta,
+        primary, patience=config.patience, min_delta=config.early_stopping.min_delta,
         mode="max" if primary in HIGHER_IS_BETTER else "min", check_on_train_epoch_end=True,
     )  # fmt: skip
     if parent:
         stopping.best_score = torch.tensor(parent.score[primary])
     recorder = RunRecorder(run, parent.score["val_loss"] if parent else math.inf, config.logging.log_lr)
     identity = read_record(run).identity
-    ranked = RankedCheckpoints(run, primary, parent.score if parent else None, identity)
+    ranked = RankedCheckpoints(
+        run, primary, parent.score if parent else None, identity, config.checkpoint.take
+    )
     callbacks = [ProgressLines(), recorder, stopping, ranked, MetadataWriter(run, recorder, ranked)]
+    callbacks += averaging(config.trainer)
     if _wants_bar(config):
         callbacks.append(TQDMProgressBar(refresh_rate=config.logging.progress_bar_refresh_rate))
     return callbacks
+
+# %% ../../nbs/4_training/44_training.ipynb #44-300
+def _fresh_model(config: Config, data: RunData) -> TopoQANet:
+    model = build_model(data.schema, config.model)
+    if model.sizes:
+        store, chosen = data.train.store, data.train.index
+        model.sizes.measure(store.node_counts[chosen], store.edge_counts[chosen])
+    return model
+
+
+def _loaders(config: Config, data: RunData, together: int) -> list[DataLoader]:
+    "Batches of training and validation."
+    sizes, loading, trainer = batch_sizes(config, data), config.dataloader, config.trainer
+    shared = {"seed": loading.seed, "num_workers": loading.num_workers}
+    limit = 1 if trainer.fast_dev_run else trainer.limit_train_batches
+    training = {"shuffle": True, "together": together, "limit": limit}
+    return [
+        make_loader(data.train, batch_size=sizes["train"], **training, **shared),
+        make_loader(data.val, batch_size=sizes["val"], shuffle=False, **shared),
+    ]
 
 # %% ../../nbs/4_training/44_training.ipynb #44-044
 def fit(
@@ -263,7 +298,7 @@ def fit(
     "Train; every seed is set here, so what happened before does not matter."
     keep_freed_memory()
     torch.manual_seed(config.dataloader.seed)
-    model = parent.model if parent else build_model(data.schema, config.model)
+    model = parent.model if parent else _fresh_model(config, data)
     model.train()  # Lightning keeps the mode that it finds, and a parent was loaded to be validated
     torch.manual_seed(config.dataloader.seed)
     module = TopoQAModule(model, config, data.schema, data.val.targets)
@@ -275,32 +310,34 @@ def fit(
         trainer = Trainer(**trainer_arguments(config, together), callbacks=called)
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
 
-
-def _loaders(config: Config, data: RunData, together: int) -> list[DataLoader]:
-    "Batches of training and validation."
-    sizes, loading, trainer = batch_sizes(config, data), config.dataloader, config.trainer
-    shared = {"seed": loading.seed, "num_workers": loading.num_workers}
-    limit = 1 if trainer.fast_dev_run else trainer.limit_train_batches
-    training = {"shuffle": True, "together": together, "limit": limit}
-    return [
-        make_loader(data.train, batch_size=sizes["train"], **training, **shared),
-        make_loader(data.val, batch_size=sizes["val"], shuffle=False, **shared),
-    ]
-
 # %% ../../nbs/4_training/44_training.ipynb #44-047
 def conclude(
     run: RunDirectory,  # that has trained all its epochs
 ) -> None:
-    "Say where the best checkpoint is, and whether a fine-tune beat its parent."
+    "Say where the answer is, and whether a fine-tune beat its parent."
     known = read_record(run)
-    log.info(f"Best checkpoint: {run.checkpoints / known.checkpoints.best}")
+    is_last = known.training_parameters.checkpoint.take == "last"
+    which = "Last epoch, the answer" if is_last else "Best checkpoint"
+    log.info(f"{which}: {run.checkpoints / known.checkpoints.best}")
     if known.lineage.mode == "fine-tune":
-        improved = known.selection.epoch >= 0
+        improved = _is_improved(known)
         update_metadata(run, lineage={"improved_on_parent": improved})
         beaten = "No epoch beat the parent; best.ckpt is the parent."
+        beaten = (
+            "The last epoch is no better than the parent, and is the answer all the same."
+            if is_last
+            else beaten
+        )
         log.info("The fine-tune beat its parent." if improved else beaten)
     if known.data.demo:
         log.info("Trained on the synthetic demo data: none of these numbers is about real complexes.")
+
+
+def _is_improved(known: RunRecord) -> bool:
+    "Is the answer of a fine-tune better than its parent?"
+    metric = known.selection.ranked_by
+    ours, theirs = (as_loss(value, metric) for value in (known.selection.score, known.score_to_beat))
+    return known.selection.epoch >= 0 and ours <= theirs
 
 # %% ../../nbs/4_training/44_training.ipynb #44-050
 def train(

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch.nn import Linear
 
 from ..data.batches import Split, first_decoys, limited, split_fingerprint
 from ..data.dataset import RunData, locate_data
@@ -22,7 +21,7 @@ from ..ground.core import CheckpointError, ConfigError, sha256_file
 from ..ground.files import followed
 from ..ground.settings import Config
 from ..network.metrics import check_metric, regression_metrics
-from ..network.model import TopoQANet, build_model
+from ..network.model import TopoQANet, build_model, model_config
 from ..network.weights import load_model, load_weights
 from ..runs.record import RunDirectory, read_record
 from ..runs.selection import judge
@@ -95,14 +94,18 @@ class Parent:
     score: dict[str, float]  # its metrics on the decoys that judge this run, selection_metric among them
 
 # %% ../../nbs/4_training/43c_validation.ipynb #43c-502
-def _check_encoder(checkpoint: Path, model: TopoQANet, config: Config) -> None:
-    "Raise `CheckpointError` for a parent whose edge encoder is another one, as in the published checkpoint."
-    kind = "linear" if isinstance(model.edge_embedding, Linear) else "mlp"
-    if kind != config.model.edge_encoder:
-        expected, found = (
-            f"an edge encoder of the kind {name}" for name in (config.model.edge_encoder, kind)
-        )
-        raise CheckpointError(checkpoint, expected, found, f"set model.edge_encoder={kind}")
+_KINDS = ("edge_encoder", "residual", "size_features")  # of the section model: other parts, not other sizes
+
+
+def _check_kind(checkpoint: Path, model: TopoQANet, config: Config) -> None:
+    "Raise `CheckpointError` for a parent whose network has other parts, as the published checkpoint may."
+    found = model_config(model)
+    for name in _KINDS:
+        theirs, ours = (str(getattr(each, name)).lower() for each in (found, config.model))
+        if theirs != ours:
+            raise CheckpointError(
+                checkpoint, f"a network with model.{name}={ours}", theirs, f"set model.{name}={theirs}"
+            )
 
 # %% ../../nbs/4_training/43c_validation.ipynb #43c-504
 def read_parent(
@@ -114,7 +117,7 @@ def read_parent(
     checkpoint = followed(checkpoint).resolve()
     model, schema = load_model(checkpoint)
     check_features(checkpoint, schema, data.schema)
-    _check_encoder(checkpoint, model, config)
+    _check_kind(checkpoint, model, config)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
     judged = judged_on(config, data)
     scores = predict(child, judged)
