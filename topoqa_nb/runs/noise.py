@@ -47,7 +47,7 @@ class NoiseFloor:
             return "noise floor: unknown, no two runs differ in their seed alone"
         return (
             f"noise floor: scores vary by {self.sd:.5f} (sd) by seed alone; two single runs that differ by less than "
-            f"{self.between():.5f} are not told apart (from {self.freedom} repetitions)"
+            f"{self.between():.5f} are not told apart (from {self.freedom} repetition{'s' * (self.freedom > 1)})"
         )
 
 
