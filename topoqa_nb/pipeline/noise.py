@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..answers.models import AnswerCandidate, JudgedOn
 from ..answers.settings import both
-from ..runs.noise import NoiseFloor, noise_floor, optimism, run_scores
+from ..runs.noise import NoiseFloor, noise_floor, noise_table, optimism, run_scores
 from ..runs.record import RunDirectory
 from ..runs.selection import as_loss
 
@@ -39,8 +39,9 @@ def runs_apart(
     alone: Sequence[AnswerCandidate],  # every run, the best one first
     floor: NoiseFloor,  # from `seed_floor`
 ) -> pd.DataFrame:  # a row for each run
-    "Each run against the best."
-    return pd.DataFrame([_apart(one, floor) for one in alone])
+    "Each run against the best, by their scores."
+    ordered = sorted(alone[1:], key=lambda one: as_loss(one.score, one.primary_metric))
+    return pd.DataFrame([_apart(one, floor) for one in (*alone[:1], *ordered)])
 
 
 def _apart(one: AnswerCandidate, floor: NoiseFloor) -> dict[str, object]:
@@ -68,19 +69,16 @@ def _by_seed(gap: float, metric: str, floor: NoiseFloor) -> str:
 # %% ../../nbs/7_pipeline/73e_noise.ipynb #73e-011
 def noise_facts(
     alone: Sequence[AnswerCandidate],  # every run, the best one first; empty before the end
-    scores: pd.DataFrame,  # from `own_scores`
+    scores: pd.DataFrame,  # from `own_scores`, not empty
 ) -> pd.DataFrame:  # what, value; in units of the metric that ranks
     "What a reader of a ranking should know before believing it."
-    floor, gaps = seed_floor(scores), [one.difference.sd for one in alone if one.difference]
-    known = [gap for gap in gaps if gap is not None]
+    gaps = [one.difference.sd for one in alone if one.difference and one.difference.sd is not None]
     rows = {
-        "sd of a score by seed alone": floor.sd,
-        "two single runs are told apart by seed from": floor.between(),
         "sd of the best run by the draw of the validation targets": alone[0].sd if alone else None,
-        "sd of a difference to it, paired, median": float(np.median(known)) if known else None,
+        "sd of a difference to it by that draw, median": float(np.median(gaps)) if gaps else None,
     }
-    rows |= optimism(scores) if len(scores) else {}
-    return pd.DataFrame({"what": list(rows), "value": list(rows.values())}).astype({"value": float})
+    drawn = pd.DataFrame({"what": list(rows), "value": list(rows.values())}).astype({"value": float})
+    return pd.concat([noise_table(scores).astype({"value": float}), drawn], ignore_index=True)
 
 # %% ../../nbs/7_pipeline/73e_noise.ipynb #73e-012
 def noise_lines(
@@ -89,25 +87,19 @@ def noise_lines(
     on: JudgedOn | None = None,  # the validation decoys
 ) -> list[str]:  # sentences
     "The same in words."
-    floor, lines = seed_floor(scores), []
-    if floor.sd is None:
-        lines.append("What seeds alone do is not known: no two runs differ in their seed alone.")
-    else:
-        lines.append(
-            f"By seed alone scores vary by {floor.sd:.5f} (sd); two runs closer than {floor.between():.5f} are not told apart."
-        )
+    floor, lines = seed_floor(scores), ["By seed: not known, no two runs differ in their seed alone."]
+    if floor.sd is not None:
+        limit = f"two runs closer than {floor.between():.5f} are not told apart"
+        lines = [f"By seed alone scores vary by {floor.sd:.5f} (sd); {limit}."]
     if alone and alone[0].sd is not None:
-        over = (
-            f"{on.clusters} {'families' if on.over == 'family' else 'targets'}"
-            if on and on.over
-            else "targets"
-        )
-        lines.append(
-            f"By the draw of the {over} of the validation the best run varies by {alone[0].sd:.5f} (sd, bootstrap)."
-        )
-    if len(scores) > 1:
-        luck, choice = optimism(scores).values()
-        lines.append(
-            f"Chosen with the labels that judge it, a best epoch lies {luck:.5f} above the last ones, and the best of {len(scores)} runs {choice:.5f} above their mean: by so much its score may flatter."
-        )
-    return lines
+        unit = "families" if on and on.over == "family" else "targets"
+        count = f"{on.clusters} validation {unit}" if on else f"validation {unit}"
+        lines.append(f"By the draw of the {count} the best run varies by {alone[0].sd:.5f} (sd, bootstrap).")
+    return lines + _flattery(scores) * (len(scores) > 1)
+
+
+def _flattery(scores: pd.DataFrame) -> list[str]:
+    "How much better a score looks for having been chosen."
+    epoch, run = optimism(scores).values()
+    chosen = f"a best epoch is {epoch:.5f} better than the last ones, the best of {len(scores)} runs {run:.5f} better than their mean"
+    return [f"Chosen by the labels that judge it, {chosen}: so much may be luck."]
