@@ -243,7 +243,15 @@ def test_the_box_of_a_pipeline_names_its_answer(attempts):
     assert all(name in box for name in final["run_names"])
     page = pipeline_page(standing(reports))
     assert requests_of(page) == []
-    for heading in ("Stages", "Runs", "Candidates", "On the validation targets", "Test labels", "Lineage"):
+    for heading in (
+        "Stages",
+        "Runs",
+        "Candidates",
+        "How sure is the order of the runs?",
+        "On the validation targets",
+        "Test labels",
+        "Lineage",
+    ):
         assert f">{heading}</h2>" in page, heading
 
 
@@ -259,6 +267,7 @@ def test_the_report_shows_the_sections_of_the_contract(attempts):
         "ridge",
         "extra trees",
         "Taken: ",
+        "By the draw of the",
         "test.csv|val.csv",
         "started from",
     ):
@@ -269,4 +278,4 @@ def test_the_report_shows_the_sections_of_the_contract(attempts):
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
-    assert len(figures) == 5
+    assert len(figures) == 6
