@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Overrides', 'Ensemble', 'PATH_PARAMETERS', 'PipelineParameters', 'check_known', 'pipeline_parameters',
-           'absolute_parameters']
+           'follow_recipe', 'absolute_parameters']
 
 # %% ../../nbs/7_pipeline/70_parameters.ipynb #70-002
 import json
@@ -48,7 +48,10 @@ class PipelineParameters(BaseModel):
     train_labels: Path | None = Field(None, description="CSV; default: train.csv beside the graphs.")
     val_labels: Path | None = Field(None, description="CSV; default: val.csv beside the graphs.")
     test_labels: Path | None = Field(None, description="CSV for the one evaluation at the end.")
-    manifest: Path | None = Field(None, description="Jobs of the sweep; default: run_core.yaml.")
+    recipe: Literal["original", "recommended"] = Field(
+        "original", description="Sweep and phases, or recommended: three short runs, no phase, their mean."
+    )
+    manifest: Path | None = Field(None, description="Jobs of the sweep; default: that of the recipe.")
     run_root: Path | None = Field(None, description="Where run directories go.")
     reports_dir: Path | None = Field(None, description="Where results and reports go.")
     skip_sweep: StrictBool = Field(False, description="Choose among earlier runs.")
@@ -91,11 +94,35 @@ def pipeline_parameters(
     "Validated parameters; an unknown name or a wrong value is a `ConfigError`."
     check_known(values, PipelineParameters.model_fields)
     try:
-        return PipelineParameters.model_validate(dict(values))
+        parameters = PipelineParameters.model_validate(dict(values))
     except ValidationError as problem:
         wrong = wrong_value(problem)
         where = f"pipeline parameter {wrong.place[0]}"
         raise ConfigError(where, wrong.expected, repr(wrong.found), "correct the value") from None
+    _check_recipe(parameters)
+    return parameters
+
+
+_OF_PHASES = ("resume_from", "phase_overrides")  # without meaning where there are none
+
+
+def _check_recipe(parameters: PipelineParameters) -> None:
+    "Raise `ConfigError` for what only a recipe with phases can do."
+    for name in _OF_PHASES if parameters.recipe == "recommended" else ():
+        if value := getattr(parameters, name):
+            expected, fix = "nothing with recipe recommended, which has no phases", "leave one of the two out"
+            raise ConfigError(f"pipeline parameter {name}", expected, str(plain(value)), fix)
+
+# %% ../../nbs/7_pipeline/70_parameters.ipynb #70-301
+def follow_recipe(
+    parameters: PipelineParameters,  # as they were written
+) -> PipelineParameters:
+    "The parameters that the recipe means; asked again, the same."
+    if parameters.recipe == "original":
+        return parameters
+    mean = "on" if parameters.ensemble == "auto" else parameters.ensemble
+    manifest = parameters.manifest or Path("run_recommended.yaml")
+    return parameters.model_copy(update={"skip_fine": True, "ensemble": mean, "manifest": manifest})
 
 # %% ../../nbs/7_pipeline/70_parameters.ipynb #70-018
 PATH_PARAMETERS = (
@@ -114,7 +141,8 @@ def absolute_parameters(
     parameters: PipelineParameters,  # as they were written
     base: Path,  # working directory of whoever wrote the parameters
 ) -> PipelineParameters:
-    "The same parameters, independent of the working directory."
+    "The same parameters, independent of the working directory, and what their recipe stands for."
+    parameters = follow_recipe(parameters)
     paths = {name: getattr(parameters, name) for name in PATH_PARAMETERS}
     values = {name: (base / path.expanduser()).resolve() for name, path in paths.items() if path}
     if parameters.manifest:
