@@ -14,6 +14,7 @@ import papermill
 import pytest
 from conftest import in_turn
 
+from topoqa_nb.build.report import BuildParameters
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.core import TrainingError, read_json, write_text
 from topoqa_nb.ground.html_page import requests_of
@@ -27,7 +28,7 @@ from topoqa_nb.runs.selection import best_checkpoint
 
 PIPELINES = Path(__file__).resolve().parent.parent / "pipelines"
 NAMES = [*STAGES, "full_pipeline"]
-ANSWERS = {"predict": PredictParameters, "evaluate": EvaluateParameters}
+ANSWERS = {"predict": PredictParameters, "evaluate": EvaluateParameters, "build": BuildParameters}
 
 
 def cells(name, kind="code"):
