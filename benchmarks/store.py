@@ -23,7 +23,7 @@ from measure import median, seconds
 from original import GraphFiles
 from torch_geometric.data import Batch
 
-from topoqa_nb.data.demo import topoqa_node_columns
+from topoqa_nb.build.interface import node_columns
 from topoqa_nb.data.graphs import list_graphs
 from topoqa_nb.data.schema import resolve_schema
 from topoqa_nb.data.store import GraphStore, open_store
@@ -42,7 +42,7 @@ def packing(graph_dir: Path, store_dir: Path, repeats: int) -> float:
 
 def write_sidecar(graph_dir: Path) -> None:
     "An entry of the usual length for every graph."
-    columns = topoqa_node_columns()
+    columns = node_columns()
     entry = {
         "edge_module": "edge/legacy_band/v11",
         "edge_params": {"distance_max": 10.0},

@@ -66,6 +66,19 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> "DemoPaths":
 
 
 @pytest.fixture(scope="session")
+def demo_set(tmp_path_factory: pytest.TempPathFactory) -> "DemoPaths":
+    "The set of the defaults, 24 targets of 12 decoys, made once for all processes of a session; only looked at."
+    from filelock import FileLock
+
+    from topoqa_nb.data.demo import ensure_demo
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with FileLock(folder / "demo.lock"):
+        return ensure_demo(folder / "demo_set")
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     "A data set of 12 decoys and the overrides that train on it."
     from topoqa_nb.data.tiny import write_tiny_dataset

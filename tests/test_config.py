@@ -31,15 +31,17 @@ MANIFESTS = find_shipped("run_core.yaml", "manifests").parent
 SPEC_DEFAULTS = """
 paths: {graph: null, train_labels: null, val_labels: null, test_labels: null, target_regex: null,
   save_dir: training_runs, metadata: null, summary: null, store: null, trust_pickles: false}
-model: {pooling_type: mean, attention_head: 8, hidden_dim: 32, num_layers: 2, dropout: 0.25, edge_encoder: mlp}
+model: {pooling_type: mean, attention_head: 8, hidden_dim: 32, num_layers: 2, dropout: 0.25, edge_encoder: mlp,
+  residual: false, size_features: false}
 dataloader: {batch_size: 16, num_workers: 0, seed: 222}
 trainer: {accelerator: cpu, devices: 1, num_nodes: 1, strategy: auto, precision: 32, num_epochs: 200,
   accumulate_grad_batches: 16, fast_dev_run: false, limit_train_batches: null, limit_val_batches: null,
-  gradient_clip_val: null, num_threads: 1, fuse_batches: auto}
-optimizer: {learning_rate: 0.005, weight_decay: 0.0}
-scheduler: {type: reduce_on_plateau, factor: 0.4, patience: 12}
+  gradient_clip_val: null, num_threads: 1, fuse_batches: auto, average: none, average_decay: 0.99}
+optimizer: {type: adam, learning_rate: 0.005, weight_decay: 0.0}
+scheduler: {type: reduce_on_plateau, factor: 0.4, patience: 12, warmup_epochs: 0}
 early_stopping: {patience: 25, min_delta: 0.0}
 selection: {primary_metric: selection_metric, use_val_spearman: true, spearman_min_delta: 0.0, spearman_weight: 1.0}
+checkpoint: {take: best}
 coverage: {minimum_percent: 0, fail_on_missing: false}
 logging: {progress_bar_refresh_rate: 0, log_every_n_steps: 100, log_lr: false}
 mlflow: {enabled: false, tracking_uri: ./mlruns, experiment: dynamic_topoqa, run_name: null, log_artifacts: true,
@@ -61,6 +63,7 @@ SHIPPED["sched_boost_finetune.yaml"] = (0.001, 0.2, 4, 20, 120, 16, 16, 222)
 for seed in (101, 555, 888):
     SHIPPED[f"sched_boost_finetune_seed{seed}.yaml"] = (0.001, 0.2, 4, 20, 120, 16, 16, seed)
 SHIPPED["sched_boost_seed222_cuda.yaml"] = (0.003, 0.2, 6, 45, 260, 16, 8, 222)
+SHIPPED["recommended.yaml"] = (0.003, 0.4, 12, 25, 10, 16, 1, 222)
 SHIPPED["sched_boost_seed222_mps.yaml"] = (0.005, 0.2, 6, 45, 260, 16, 16, 222)
 
 FLAT = """
@@ -158,7 +161,7 @@ def test_shipped_values(name, here):
     expected = next((value for ending, value in machine.items() if ending in name), ("cpu", 32, 0))
     assert expected == (config.trainer.accelerator, config.trainer.precision, config.dataloader.num_workers)
     assert (config.model.pooling_type, config.model.attention_head) == ("mean", 8)
-    assert config.scheduler.type == "reduce_on_plateau"
+    assert config.scheduler.type == ("cosine" if name == "recommended.yaml" else "reduce_on_plateau")
     assert config.paths.save_dir == here / "training_runs"
 
 
@@ -213,18 +216,21 @@ def test_shipped_manifests():
     assert names["run_experiments.yaml"] == core[:1]
     extended = {job.replace("222", seed) for job in core for seed in ("222", "777", "1337")}
     assert len(names["run_extended.yaml"]) == 9 and set(names["run_extended.yaml"]) == extended
-    assert len(names) == 4
+    recommended = {f"recommended_seed{seed}" for seed in (222, 777, 1337)}
+    assert set(names["run_recommended.yaml"]) == recommended
+    assert len(names) == 5
     assert manifest_jobs("run_experiments.yaml")[0]["fast_dev_run"] is True
 
 
-@in_turn("name", ["run_core", "run_extended", "run_experiments", "run_demo"])
+@in_turn("name", ["run_core", "run_extended", "run_experiments", "run_demo", "run_recommended"])
 def test_jobs_of_shipped_manifests_load(name, here):
     manifest = read_yaml(MANIFESTS / f"{name}.yaml")
     shared = manifest.get("shared", {}).get("overrides", {})
     for job in manifest["jobs"]:
         path = find_file(job["config"], "configs", [MANIFESTS, MANIFESTS.parent, here])
-        assert path.stem == job["name"]
         loaded = load_config(path, layers=[shared, job.get("overrides", {})])
+        seeded = f"{path.stem}_seed{loaded.config.dataloader.seed}"
+        assert job["name"] in (path.stem, seeded)
         if name == "run_demo":
             assert loaded.config.trainer.accumulate_grad_batches == 1
             assert loaded.config.trainer.num_epochs <= 30
@@ -409,7 +415,10 @@ def different_value(key: str) -> object:
         "trainer.precision": 64,
         "trainer.fuse_batches": "off",
         "trainer.strategy": "ddp",
+        "trainer.average": "ema",
+        "optimizer.type": "adamw",
         "scheduler.type": "none",
+        "checkpoint.take": "last",
         "selection.primary_metric": "val_loss",
         "trainer.limit_train_batches": 0.5,
         "trainer.limit_val_batches": 3,
@@ -435,11 +444,12 @@ def different_value(key: str) -> object:
 def test_every_key_can_be_overridden(key, file, here):
     if file == "flat":
         file = write(here / "flat.yaml", "seed: 1\nnum_epochs: 4\n")
-    before, value = load_config(file).config, different_value(key)
-    loaded = load_config(file, format_overrides({key: value}))
+    needed = {"scheduler.type": "cosine"} if key == "scheduler.warmup_epochs" else {}
+    before, value = load_config(file, needed).config, different_value(key)
+    loaded = load_config(file, format_overrides(needed | {key: value}))
     expected = Path(value) if value == "/data/file" else value
     assert config_differences(before, loaded.config) == {key: (value_of(before, key), expected)}
-    assert loaded.overrides == {key: expected}
+    assert loaded.overrides == needed | {key: expected}
 
 
 @in_turn("name", LEGACY_KEYS)

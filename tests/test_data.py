@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,6 +13,7 @@ from conftest import in_turn
 from pytorch_lightning import LightningModule, Trainer
 from torch_geometric.data import Batch
 
+from topoqa_nb.data import demo as demo_module
 from topoqa_nb.data.batches import (
     check_coverage,
     coverage_report,
@@ -444,7 +446,8 @@ def test_half_of_the_labels(tiny, given, absent):
         locate_data(configured(graph=tiny.graph_dir, **{given: getattr(tiny, given)}))
 
 
-def test_demo_data_are_made_once_and_said(tmp_path):
+def test_demo_data_are_made_once_and_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "write_demo", partial(demo_module.write_demo, targets=2, decoys=2))
     config, notes = locate_data(Config(), tmp_path)
     assert config.paths.graph.is_relative_to(tmp_path / "demo_data")
     assert config.paths.train_labels.is_file() and config.paths.val_labels.is_file()

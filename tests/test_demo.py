@@ -9,15 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import cdist
 from scipy.spatial.transform import Rotation
 from scipy.stats import spearmanr
 
-from topoqa_nb.data import complexes as complexes_module
+from topoqa_nb.build.complexes import make_complex, make_decoys, move_ligand
+from topoqa_nb.build.dockq import Native, dockq
+from topoqa_nb.build.example import write_example
+from topoqa_nb.build.interface import node_columns
+from topoqa_nb.build.recipe import Recipe, build_graph
 from topoqa_nb.data import demo as demo_module
-from topoqa_nb.data.complexes import CUTOFF, interface_pairs, make_complex, make_decoys, move_ligand, quality
-from topoqa_nb.data.demo import ensure_demo, interface_graph, topoqa_node_columns, write_demo
+from topoqa_nb.data.demo import ensure_demo, write_demo
 from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.schema import resolve_schema
 from topoqa_nb.data.store import open_store
@@ -26,8 +28,8 @@ from topoqa_nb.ground.core import DataError
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    return write_demo(tmp_path_factory.mktemp("demo") / "demo_data")
+def small(tmp_path_factory):
+    return write_demo(tmp_path_factory.mktemp("small") / "demo_data", targets=2, decoys=3)
 
 
 def read_labels(paths):
@@ -42,8 +44,8 @@ def files(folder):
 # Shapes
 
 
-def test_shapes(demo):
-    labels = read_labels(demo)
+def test_shapes(demo_set):
+    labels = read_labels(demo_set)
     assert len(labels) == 288
     assert labels.groupby("target").size().unique().tolist() == [12]
     assert labels.dockq.between(0, 1).all()
@@ -54,60 +56,63 @@ def test_shapes(demo):
     assert labels.dockq.between(0.23, 0.8).mean() > 0.25, "hardly any decoy of medium quality"
 
 
-def test_every_label_has_its_graph_and_targets_are_split(demo):
-    names = {name.split("/")[1] for name in list_graphs(demo.graph_dir)}
-    assert set(read_labels(demo).MODEL) == names
-    sides = [set(pd.read_csv(path).MODEL.str[:6]) for path in (demo.train_labels, demo.val_labels)]
+def test_every_label_has_its_graph_and_targets_are_split(demo_set):
+    names = {name.split("/")[1] for name in list_graphs(demo_set.graph_dir)}
+    assert set(read_labels(demo_set).MODEL) == names
+    sides = [set(pd.read_csv(path).MODEL.str[:6]) for path in (demo_set.train_labels, demo_set.val_labels)]
     assert [len(side) for side in sides] == [18, 6]
     assert not sides[0] & sides[1]
 
 
-def test_place_in_the_target_does_not_tell_the_label(demo):
-    labels = read_labels(demo)
+def test_place_in_the_target_does_not_tell_the_label(demo_set):
+    labels = read_labels(demo_set)
     place = labels.MODEL.str[-2:].astype(int)
     assert abs(spearmanr(place, labels.dockq).statistic) < 0.3  # 1 if decoys were sorted
 
 
-def test_graphs_look_like_a_real_build(demo):
-    store = open_store(demo.graph_dir)
+def test_graphs_look_like_a_real_build(demo_set):
+    store = open_store(demo_set.graph_dir)
     assert 25 < store.node_counts.float().median() < 50
     assert 80 < store.edge_counts.float().median() < 170
     assert store.edge_counts.min() > 0
     batch = store.batch(range(len(store)))
     assert batch.x.min() >= 0 and batch.x.max() <= 1
     assert batch.edge_attr.min() >= 0 and batch.edge_attr.max() <= 1
-    constant = batch.x.std(dim=0) == 0
-    columns = topoqa_node_columns()
-    assert [columns[place] for place in constant.nonzero().flatten()] == ["AA_20"]  # no unknown residue
-    varying = batch.edge_attr.std(dim=0) > 0
-    assert varying.sum() >= store.edge_width - 3  # no two atoms within the first ångströms
+    columns, constant = node_columns(), batch.x.std(dim=0) == 0
+    rare = {"SS8_1", "SS8_2", "SS8_3", "SS8_4", "SS8_6", "AA_20"}  # nothing but helices, no unknown residue
+    assert {columns[place] for place in constant.nonzero().flatten()} <= rare
+    assert (batch.edge_attr.std(dim=0) > 0).all()
 
 
-def test_edges_join_two_chains_in_both_directions(demo):
-    for name in ("DEMO01/DEMO01_00", "DEMO24/DEMO24_11"):
-        graph = read_graph(demo.graph_dir / f"{name}.pt")
-        assert torch.equal(graph.edge_index[:, 0::2], graph.edge_index[:, 1::2].flip(0))
-        assert torch.equal(graph.edge_attr[0::2], graph.edge_attr[1::2])
-        assert graph.edge_index[0, 0::2].max() < graph.edge_index[1, 0::2].min()  # receptor first
-        assert set(graph.edge_index.flatten().tolist()) == set(range(graph.num_nodes))
-
-
-def test_columns_are_those_of_the_real_graphs(shared_dir):
+def test_columns_are_those_of_the_real_graphs(demo_set, shared_dir):
     content = json.loads((shared_dir / "data" / "graphs" / "graph_metadata.json").read_text())
     entry = next(value for key, value in content.items() if key != "_builder")
-    assert entry["node_feature_columns"] == topoqa_node_columns()
+    assert entry["node_feature_columns"] == node_columns()
     real = read_graph(next((shared_dir / "data" / "graphs").rglob("*.pt")))
-    ours = interface_graph(make_complex(np.random.default_rng(0)))
+    ours = read_graph(demo_set.graph_dir / "DEMO01" / "DEMO01_00.pt")
     assert (ours.x.shape[1], ours.edge_attr.shape[1]) == (real.x.shape[1], real.edge_attr.shape[1])
+
+
+def test_graphs_and_labels_are_those_of_the_structures(small):
+    "The set holds what `topoqa build` and `topoqa dockq` say about its files."
+    labels = read_labels(small)
+    for model, target, said in labels[["MODEL", "target", "dockq"]].itertuples(index=False):
+        path = small.root / "structures" / target / f"{model}.pdb"
+        ours, theirs = build_graph(path, Recipe()), read_graph(small.graph_dir / target / f"{model}.pt")
+        assert all(
+            np.array_equal(getattr(ours, key), theirs[key]) for key in ("x", "edge_index", "edge_attr")
+        )
+        native = Native(small.root / "natives" / f"{target}.pdb")
+        assert dockq(path, native).total.dockq == pytest.approx(said, abs=1e-6)
 
 
 # Sidecar and summary
 
 
-def test_sidecar_and_summary_are_understood_without_a_note(demo):
+def test_sidecar_and_summary_are_understood_without_a_note(demo_set):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        schema = resolve_schema(demo.graph_dir)
+        schema = resolve_schema(demo_set.graph_dir)
     assert schema.notes == []
     assert {stage: entry["id"] for stage, entry in schema.module_registry.items()} == {
         "interface": "interface/polar_cutoff/v1",
@@ -115,50 +120,45 @@ def test_sidecar_and_summary_are_understood_without_a_note(demo):
         "node": "node/dssp_topo_merge/v1",
         "edge": "edge/legacy_band/v11",
     }
-    assert schema.node_schema.columns == topoqa_node_columns()
-    assert schema.builder["id"] == "topoqa_nb.demo"
+    assert schema.node_schema.columns == node_columns()
+    assert schema.builder["id"] == "topoqa_nb.build"
 
 
-def test_a_moved_set_still_finds_its_summary(demo, tmp_path):
+def test_a_moved_set_still_finds_its_summary(demo_set, tmp_path):
     moved = tmp_path / "elsewhere" / "data"
-    shutil.copytree(demo.root, moved)
+    shutil.copytree(demo_set.root, moved)
     schema = resolve_schema(moved / "graph_data")
     assert schema.summary_path.is_relative_to(moved)
 
 
-def test_no_machine_path_is_written(demo):
-    for path in (path for path in demo.root.rglob("*") if path.suffix in {".json", ".txt", ".csv", ".yaml"}):
-        assert str(demo.root.parent) not in path.read_text(), path.name
+def test_no_machine_path_is_written(demo_set):
+    for path in (
+        path for path in demo_set.root.rglob("*") if path.suffix in {".json", ".txt", ".csv", ".yaml"}
+    ):
+        assert str(demo_set.root.parent) not in path.read_text(), path.name
 
 
-def test_the_set_says_that_it_is_synthetic(demo):
-    assert (demo.root / "README.txt").read_text().startswith("SYNTHETIC")
+def test_the_set_says_that_it_is_synthetic(demo_set):
+    assert (demo_set.root / "README.txt").read_text().startswith("SYNTHETIC")
 
 
 # Determinism
 
 
-def test_equal_seeds_give_equal_sets_and_other_seeds_others(tmp_path):
-    first, again, other = (
-        write_demo(tmp_path / name, targets=3, decoys=4, seed=seed)
-        for name, seed in (("a", 5), ("b", 5), ("c", 6))
+def test_equal_seeds_give_equal_sets_and_other_seeds_others(small, tmp_path):
+    again, other = (
+        write_demo(tmp_path / name, targets=2, decoys=3, seed=seed) for name, seed in (("b", 1), ("c", 6))
     )
-    assert files(first.root) == files(again.root)
-    for name in files(first.root):
-        if name.endswith(".pt"):
-            graphs = read_graph(first.root / name), read_graph(again.root / name)
-            assert all(
-                torch.equal(graphs[0][key], graphs[1][key]) for key in ("x", "edge_index", "edge_attr")
-            )
-        else:
-            assert (first.root / name).read_bytes() == (again.root / name).read_bytes()
-    assert first.train_labels.read_bytes() != other.train_labels.read_bytes()
+    assert files(small.root) == files(again.root)
+    for name in files(small.root):
+        same = (small.root / name).read_bytes() == (again.root / name).read_bytes()
+        assert same or name.startswith("logs/"), name  # a summary says how long the build took
+    assert small.train_labels.read_bytes() != other.train_labels.read_bytes()
 
 
-def test_more_targets_leave_the_first_ones_as_they_are(tmp_path):
-    few, many = (write_demo(tmp_path / str(count), targets=count, decoys=3) for count in (2, 4))
-    name = "graph_data/DEMO01/DEMO01_02.pt"
-    assert torch.equal(read_graph(few.root / name).x, read_graph(many.root / name).x)
+def test_more_targets_leave_the_first_ones_as_they_are(small, demo_set):
+    name = "natives/DEMO02.pdb"
+    assert (small.root / name).read_bytes() == (demo_set.root / name).read_bytes()
 
 
 def test_the_global_random_state_is_left_alone(tmp_path):
@@ -171,66 +171,37 @@ def test_the_global_random_state_is_left_alone(tmp_path):
     assert np.array_equal(states[1], np.random.get_state()[1])
 
 
-# DockQ and geometry
+# Geometry
 
 
-@pytest.fixture(scope="module")
-def native():
-    return make_complex(np.random.default_rng(7))
-
-
-def test_native_pose_has_dockq_one(native):
-    score = quality(native, native)
-    assert score == pytest.approx((1, 1, 0, 0), abs=1e-6)
-
-
-def test_a_shift_is_the_ligand_rmsd(native):
-    score = quality(native, move_ligand(native, Rotation.identity(), np.array([3.0, 4.0, 0.0]), np.zeros(3)))
-    assert score.ligand_rmsd == pytest.approx(5)
-    expected = score.native_contacts + 1 / (1 + (score.interface_rmsd / 1.5) ** 2) + 1 / (1 + (5 / 8.5) ** 2)
-    assert score.dockq == pytest.approx(expected / 3)
-    assert 0 < score.interface_rmsd < 5  # half of it at most is left after superposition
-
-
-def test_a_ligand_far_away_scores_near_zero(native):
-    score = quality(
-        native, move_ligand(native, Rotation.identity(), np.array([0.0, 0.0, -500.0]), np.zeros(3))
-    )
-    assert score.native_contacts == 0
-    assert score.dockq < 0.01
-
-
-def test_decoys_are_rigid_and_settled(native):
+def test_decoys_are_rigid_and_settled():
+    native = make_complex(np.random.default_rng(7))
     for decoy in make_decoys(np.random.default_rng(1), native, 12):
         assert np.array_equal(decoy.receptor, native.receptor)
-        assert cdist(decoy.ligand, decoy.ligand) == pytest.approx(
-            cdist(native.ligand, native.ligand), abs=1e-9
-        )
-        lengths = (np.linalg.norm(pose.atoms, axis=-1) for pose in (decoy, native))
-        assert next(lengths) == pytest.approx(next(lengths))
+        inside = [cdist(pose.ligand, pose.ligand) for pose in (decoy, native)]
+        assert np.allclose(*inside, rtol=0, atol=1e-9)
         between = cdist(decoy.receptor, decoy.ligand)
-        assert (between < CUTOFF).sum() >= 16
-        assert len(interface_pairs(decoy)) == (between < CUTOFF).sum()
+        assert (between < 10).sum() >= 16 and (between < 4).sum() <= 3
 
 
-def test_fifty_complexes_have_an_interface():
-    for seed in range(50):
+def test_a_shift_is_the_ligand_rmsd(tmp_path):
+    native = make_complex(np.random.default_rng(7))
+    shifted = move_ligand(native, Rotation.identity(), np.array([3.0, 4.0, 0.0]), np.zeros(3))
+    true = Native(write_example(tmp_path / "native.pdb", native.structure()))
+    score = dockq(write_example(tmp_path / "shifted.pdb", shifted.structure()), true).total
+    assert score.lrmsd == pytest.approx(5, abs=1e-3)
+
+
+def test_every_complex_has_an_interface():
+    for seed in range(20):
         native = make_complex(np.random.default_rng(seed))
-        between = cdist(native.receptor, native.ligand)
-        assert (between < complexes_module.CONTACT).sum() >= 5
-        assert (between < 4).sum() <= 3  # what a settled decoy may have
-        assert min(len(native.receptor), len(native.ligand)) > 25
-
-
-def test_merging_of_clusters_is_single_linkage():
-    clouds = np.random.default_rng(3).uniform(0, 9, (20, 15, 3))
-    found = demo_module._persistence(clouds)["f0_death"]
-    for place, cloud in enumerate(clouds):
-        merges = linkage(cloud, "single")[:, 2]
-        expected = [merges.sum(), merges.min(), merges.max(), merges.mean(), merges.std()]
-        assert [found[name][place] for name in ("sum", "min", "max", "mean", "std")] == pytest.approx(
-            expected
+        assert (
+            cdist(
+                native.atoms[~native.is_ligand].reshape(-1, 3), native.atoms[native.is_ligand].reshape(-1, 3)
+            ).min()
+            > 3
         )
+        assert min(len(native.receptor), len(native.ligand)) > 25
 
 
 # Whole or absent
@@ -241,13 +212,14 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo_module, "write_labels", interrupt)
+    monkeypatch.setattr(demo_module, "_fill", lambda *_: {})
     with pytest.raises(KeyboardInterrupt):
         write_demo(tmp_path / "demo", targets=2, decoys=2)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_ensure_demo_writes_once(tmp_path, monkeypatch):
-    first = ensure_demo(tmp_path / "demo")
+    first = write_demo(tmp_path / "demo", targets=2, decoys=2)
     monkeypatch.setattr(demo_module, "write_demo", lambda *_: pytest.fail("written twice"))
     assert ensure_demo(tmp_path / "demo") == first
 
@@ -260,8 +232,8 @@ def test_an_empty_folder_is_filled(tmp_path):
 @pytest.mark.parametrize(
     "victim", ["train.csv", "val.csv", "graph_data/graph_metadata.json", "graph_data/DEMO24/DEMO24_11.pt"]
 )
-def test_a_damaged_set_is_named_and_left_alone(demo, tmp_path, victim):
-    shutil.copytree(demo.root, tmp_path / "demo")
+def test_a_damaged_set_is_named_and_left_alone(demo_set, tmp_path, victim):
+    shutil.copytree(demo_set.root, tmp_path / "demo")
     (tmp_path / "demo" / victim).unlink()
     before = files(tmp_path / "demo")
     with pytest.raises(DataError, match=f"found a set without {victim}; remove it"):
@@ -285,9 +257,9 @@ def test_a_file_in_the_way_is_refused(tmp_path):
             write(tmp_path / "demo")
 
 
-def test_the_slower_of_two_processes_takes_the_set_of_the_faster(demo, tmp_path, monkeypatch):
+def test_the_slower_of_two_processes_takes_the_set_of_the_faster(demo_set, tmp_path, monkeypatch):
     def lose_the_race(root):
-        shutil.copytree(demo.root, root)
+        shutil.copytree(demo_set.root, root)
         raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     monkeypatch.setattr(demo_module, "write_demo", lose_the_race)
@@ -307,8 +279,7 @@ def test_a_full_disk_is_not_hidden(tmp_path, monkeypatch):
     def fill_the_disk(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(demo_module, "write_labels", fill_the_disk)
-    monkeypatch.setattr(demo_module, "_make_target", lambda *_: [])
+    monkeypatch.setattr(demo_module, "_fill", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         ensure_demo(tmp_path / "demo")
     assert list(tmp_path.iterdir()) == []

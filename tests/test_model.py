@@ -1,5 +1,6 @@
 """What the network promises on graphs of every kind, and on files that are not what they should be."""
 
+import math
 import random
 import re
 from argparse import Namespace
@@ -17,12 +18,15 @@ from torch_geometric.nn import GATv2Conv
 
 from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.ground.core import CheckpointError, ConfigError, SchemaError
+from topoqa_nb.network.kernels import KERNELS as ALL_KERNELS
+from topoqa_nb.network.kernels import find_numba
 from topoqa_nb.network.layer import EdgeUpdate
 from topoqa_nb.network.model import TopoQANet, pool
 from topoqa_nb.network.weights import load_foreign_weights, load_weights, published_names, read_checkpoint
 
 NODE_WIDTH, EDGE_WIDTH = 5, 3
 SCHEMA = FeatureSchema(EdgeSchema(EDGE_WIDTH), NodeSchema(NODE_WIDTH))
+KERNELS = [kernel for kernel in ALL_KERNELS if kernel != "numba" or find_numba()]
 POOLINGS = ("mean", "add", "max")
 
 
@@ -109,12 +113,21 @@ def edge_update_by_hand(update: EdgeUpdate, nodes, edge_index, edges):
 def score_by_hand(model: TopoQANet, graph: Data):
     nodes, edges = model.node_embedding(graph.x), model.edge_embedding(graph.edge_attr)
     for layer in model.layers:
+        before = nodes, edges
+        if layer.node_norm is not None:
+            nodes, edges = layer.node_norm(nodes), layer.edge_norm(edges)
         nodes = attention_by_hand(layer.attention, nodes, graph.edge_index, edges)
         edges = edge_update_by_hand(layer.edge_update, nodes, graph.edge_index, edges)
         nodes, edges = (torch.where(z > 0, z, torch.expm1(z)) for z in (nodes, edges))
+        if layer.node_norm is not None:
+            nodes, edges = (old + new for old, new in zip(before, (nodes, edges), strict=True))
     summary = {"mean": lambda z: z.mean(0), "add": lambda z: z.sum(0), "max": lambda z: z.max(0).values}
     pooled = [summary[model.pooling_type](z) if len(z) else z.new_zeros(z.shape[1]) for z in (nodes, edges)]
     hidden = torch.cat([pooled[0], model.edge_readout(pooled[1])])
+    if model.sizes is not None:
+        counts = graph.num_nodes, graph.num_edges
+        numbers = torch.tensor([math.log1p(counts[0]), math.log1p(counts[1]), counts[1] / counts[0]])
+        hidden = torch.cat([hidden, (numbers.double() - model.sizes.mean) / model.sizes.scale])
     hidden = model.second_hidden(model.first_hidden(hidden).clamp(min=0)).clamp(min=0)
     return 1 / (1 + torch.exp(-model.score(hidden)))
 
@@ -126,6 +139,46 @@ def test_the_formulas_of_the_page(pooling_type, edge_encoder, heads):
     model = make_model(pooling_type=pooling_type, edge_encoder=edge_encoder, attention_head=heads)
     for graph in (make_graph(6, 15), make_graph(4, 0), make_graph(1, 0), make_graph(1, 2)):
         torch.testing.assert_close(model(graph), score_by_hand(model, graph), rtol=0, atol=1e-12)
+
+
+OPTIONS = ({"residual": True}, {"size_features": True}, {"residual": True, "size_features": True})
+
+
+def make_optional(**options) -> TopoQANet:
+    model = make_model(**options)
+    if model.sizes is not None:
+        model.sizes.measure(torch.tensor([3, 6, 9]), torch.tensor([8, 20, 31]))
+    return model
+
+
+@in_turn("options", OPTIONS)
+def test_the_formulas_of_what_may_be_added(options):
+    "Values by every kernel, alone and in a batch; gradients by hand."
+    graphs = [make_graph(6, 15), make_graph(4, 0), make_graph(1, 0), make_graph(1, 2), make_graph(5, 9)]
+    model = make_optional(**options, pooling_type="add")
+    by_hand = torch.cat([score_by_hand(model, graph) for graph in graphs])
+    expected = torch.autograd.grad(by_hand.sum(), list(model.parameters()))
+    for kernel in KERNELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TOPOQA_KERNEL", kernel)
+            scores = model(Batch.from_data_list(graphs))
+            alone = torch.cat([model(graph) for graph in graphs])
+            gradients = torch.autograd.grad(scores.sum(), list(model.parameters()))
+        torch.testing.assert_close(scores, by_hand, rtol=0, atol=1e-6)  # sizes are counted in 32 bit
+        torch.testing.assert_close(alone, scores, rtol=0, atol=1e-6)
+        for ours, reference in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_a_network_without_options_has_the_parts_it_had():
+    "In their order: optimizer states and seeds go by it."
+    first = list(make_seeded(3).state_dict())
+    assert first[:2] == ["node_embedding.weight", "node_embedding.bias"]
+    assert not [name for name in first if "norm" in name or "sizes" in name]
+    for options in OPTIONS:
+        torch.manual_seed(3)
+        names = list(TopoQANet(SCHEMA, **options).state_dict())
+        assert [name for name in names if name in first] == first
 
 
 # Symmetries.

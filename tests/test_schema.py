@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 import warnings
 from pathlib import Path
@@ -12,9 +13,20 @@ import torch
 from conftest import in_turn
 from torch_geometric.data import Data
 
+from topoqa_nb.build.build import build
+from topoqa_nb.build.example import helix_pair, write_example
+from topoqa_nb.build.interface import node_columns
+from topoqa_nb.build.recipe import load_recipe
 from topoqa_nb.data import sidecar as sidecar_module
-from topoqa_nb.data.demo import feature_groups, topoqa_node_columns
-from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema, resolve_schema, schema_differences
+from topoqa_nb.data.schema import (
+    EdgeSchema,
+    FeatureSchema,
+    NodeSchema,
+    check_features,
+    known_recipe,
+    resolve_schema,
+    schema_differences,
+)
 from topoqa_nb.data.store import GraphStore, open_store
 from topoqa_nb.ground.core import DataError, SchemaError, to_json
 
@@ -419,7 +431,7 @@ def test_the_fingerprint_covers_what_matters():
 
 
 def test_differences():
-    ours = FeatureSchema(EdgeSchema(11, "edge/a/v1"), NodeSchema(172, topoqa_node_columns()))
+    ours = FeatureSchema(EdgeSchema(11, "edge/a/v1"), NodeSchema(172, node_columns()))
     unknown = FeatureSchema(EdgeSchema(11), NodeSchema(172))
     assert (
         schema_differences(ours, ours)
@@ -427,12 +439,12 @@ def test_differences():
         == schema_differences(unknown, ours)
         == []
     )
-    wider = FeatureSchema(EdgeSchema(24), NodeSchema(52, topoqa_node_columns()[::-1][:52]))
+    wider = FeatureSchema(EdgeSchema(24), NodeSchema(52, node_columns()[::-1][:52]))
     assert schema_differences(ours, wider) == [
         "edge_schema.dim: 11 in the checkpoint, 24 in the graphs",
         "node_schema.dim: 172 in the checkpoint, 52 in the graphs",
     ]
-    reordered = FeatureSchema(EdgeSchema(11), NodeSchema(172, topoqa_node_columns()[::-1]))
+    reordered = FeatureSchema(EdgeSchema(11), NodeSchema(172, node_columns()[::-1]))
     lines = schema_differences(ours, reordered)
     assert lines[0] == "node_schema.columns[0]: rasa in the checkpoint, f1_CNO_death_std in the graphs"
     assert len(lines) == 7 and lines[-1] == "and 166 more"
@@ -463,7 +475,7 @@ def test_the_sidecar_is_read_once_and_no_graph_when_it_is_complete(
 
 
 def test_ten_thousand_graphs_resolve_fast(tmp_path: Path):
-    count, columns = 10_000, topoqa_node_columns()
+    count, columns = 10_000, node_columns()
     names = [f"T{number // 20}/D{number}" for number in range(count)]
     entry = ENTRY | {"node_feature_columns": columns, "node_feature_dim": len(columns)}
     write(tmp_path / "graph_metadata.json", dict.fromkeys(names, entry))
@@ -491,11 +503,63 @@ def test_ten_thousand_graphs_resolve_fast(tmp_path: Path):
 
 def test_topoqa_columns_are_those_of_a_real_build(shared_dir: Path):
     found = quiet(shared_dir / "data" / "graphs")
-    assert found.node_schema.columns == topoqa_node_columns()
+    assert found.node_schema.columns == node_columns()
     assert (found.edge_schema.dim, found.edge_schema.module) == (11, "edge/legacy_band/v11")
-    assert sum(feature_groups(found.node_schema.columns).values()) == found.node_schema.dim
 
 
 def test_parity_graphs_resolve_without_a_sidecar(shared_dir: Path):
     widths = [quiet(folder).edge_schema.dim for folder in sorted((shared_dir / "parity").glob("*_h*"))]
     assert widths == [11, 11, 24]
+
+
+# --- parameters of the stages ---
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FeatureSchema]:
+    "Schemas of builds that differ in one parameter, and of one whose summary and recipe were lost."
+    folder, schemas = tmp_path_factory.mktemp("builds"), {}
+    for number in range(2):
+        write_example(folder / "decoys" / f"1HEL_{number}.pdb", helix_pair(8.5 + number))
+    for name, params in {
+        "plain": [],
+        "wide": ["interface.cutoff=14"],
+        "dry": ["topology.hetero=no_water"],
+        "xyy": ["edge.coordinates=xyy"],
+        "split": ["interface.split_on_ter=true"],
+    }.items():
+        out = folder / name
+        build([folder / "decoys"], out, load_recipe(params=params), jobs=1, tell=False)
+        schemas[name] = quiet(out / "graph_data")
+    shutil.copytree(folder / "plain" / "graph_data", folder / "copied" / "graph_data")
+    schemas["copied"] = quiet(folder / "copied" / "graph_data")
+    return schemas
+
+
+@in_turn(
+    "name, differences",
+    [
+        ("wide", ["interface.cutoff: 10.0 in the checkpoint, 14.0 in the graphs"]),
+        ("dry", ['topology.hetero: "all" in the checkpoint, "no_water" in the graphs']),
+        ("xyy", ["edge_schema.variant: legacy_v11_xyz in the checkpoint, legacy_v11_xyy in the graphs",
+                 'edge.coordinates: "xyz" in the checkpoint, "xyy" in the graphs']),
+        ("split", []),  # says how files are read
+        ("copied", []),  # without its logs: the sidecar has the recipe, too
+    ],
+)  # fmt: skip
+def test_a_parameter_of_a_stage_is_a_difference_that_is_named(builds, name, differences):
+    saved = FeatureSchema.from_dict(json.loads(to_json(builds["plain"].to_dict())))  # as a checkpoint has it
+    assert schema_differences(saved, builds[name]) == differences
+    assert list(known_recipe(builds[name])) == ["interface", "topology", "node", "edge"]
+
+
+def test_a_checkpoint_without_parameters_is_read_and_that_is_said_once(builds, capsys):
+    content = builds["plain"].to_dict() | {"builder": {}, "module_registry": {}}
+    content["edge_schema"]["module_params"] = {}
+    old = FeatureSchema.from_dict(content)
+    for _ in range(2):
+        check_features("old.chkpt", old, builds["wide"])
+    line = (
+        "old.chkpt: not compared, since nobody wrote down the parameters: interface, topology, node, edge of"
+    )
+    assert capsys.readouterr().err.count(line) == 1

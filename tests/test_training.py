@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from conftest import forked, in_turn
 
 from topoqa_nb.data.dataset import open_data
-from topoqa_nb.data.demo import ensure_demo
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import CheckpointError, ConfigError, DataError, TrainingError
@@ -218,7 +217,8 @@ def test_another_build_trains_without_any_change(tiny, tmp_path):
 
 @pytest.mark.parametrize("precision", ["64", "bf16-mixed"])
 def test_other_precisions_train_on_the_cpu(tiny, tmp_path, precision):
-    run = run_once(tiny, tmp_path, trainer__precision=precision, trainer__num_epochs=1)
+    options = {"model__residual": True, "model__size_features": True}
+    run = run_once(tiny, tmp_path, trainer__precision=precision, trainer__num_epochs=1, **options)
     assert np.isfinite(read_metrics(run).val_loss).all()
 
 
@@ -295,11 +295,6 @@ def test_a_stopped_run_keeps_its_best_checkpoint(tiny, tmp_path, signum, status)
 
 
 # Is there something to learn, and is it learnt?
-
-
-@pytest.fixture(scope="module")
-def demo_set(tmp_path_factory):
-    return ensure_demo(tmp_path_factory.mktemp("demo") / "demo_data")
 
 
 def demo_spearman(demo_set, train_labels, folder):

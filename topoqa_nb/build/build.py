@@ -218,6 +218,7 @@ def build(
     *,
     native: str | Path | None = None,  # a structure, or a folder of them; None: no labels
     jobs: int | Literal["auto"] = "auto",  # processes; auto: one a core
+    tell: bool = True,  # False: no lines about it, only a bar in a terminal
 ) -> Report:
     "Make the graphs, and labels, that are not there yet. Raises `DataError`, `ConfigError`, `ResourceError`, `RunError`."
     for package in ("gemmi", "numba"):
@@ -230,9 +231,10 @@ def build(
             plan = plan_build(structures, places, recipe, native, journal)
             _forget_lost(plan, places, journal)
             processes = process_count(jobs, len(plan.jobs))
-            _tell(plan, processes)
+            if tell:
+                _tell(plan, processes)
             with closing(outcomes(plan.jobs, processes)) as found:
-                for outcome in watched(found, len(plan.jobs)):
+                for outcome in watched(found, len(plan.jobs), tell):
                     _keep(outcome, plan, places, journal)
             if not (journal.in_step and places.sidecar.is_file() and places.summary.is_file()):
                 write_outputs(places, recipe, journal)

@@ -48,6 +48,7 @@ _Done = TypeVar("_Done")
 def watched(
     found: Iterable[_Done],  # one for each structure
     total: int,  # how many there will be
+    tell: bool = True,  # False: nothing where there is no terminal
 ) -> Iterator[_Done]:
     "The same, with a report on how far they have come."
     if sys.stderr.isatty():
@@ -59,7 +60,7 @@ def watched(
     start = time.monotonic()
     for count, done in enumerate(found, 1):
         yield done
-        if count * 10 // total > (count - 1) * 10 // total and total >= _QUIET:
+        if count * 10 // total > (count - 1) * 10 // total and tell and total >= _QUIET:
             passed = time.monotonic() - start
             left = duration(passed / count * (total - count))
             say(f"{count} of {total} structures, {count / passed:.1f} a second, {left} left")

@@ -142,7 +142,7 @@ def graph_claims(
 BUILDER_STAGES = ("interface", "topology", "node", "edge")  # in the order in which the builder runs them
 
 
-_STAGE_KEYS = ("id", "alias", "jobs", "defaults", "summary", "description")
+_STAGE_KEYS = ("id", "alias", "jobs", "defaults", "params", "summary", "description")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Summary:
     "What a builder summary says about the stages."
 
     path: Path | None  # the file; None when there is none
-    stages: dict[str, dict]  # stage -> id, alias, jobs, defaults, summary, description
+    stages: dict[str, dict]  # stage -> id, alias, jobs, defaults, params, summary, description
     notes: list[str]  # why there is none, or what it lacks
 
 

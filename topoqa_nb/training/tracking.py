@@ -6,7 +6,7 @@
 __all__ = ['where_to_look', 'MlflowTracker', 'open_tracker', 'SweepRun', 'open_sweep_run']
 
 # %% ../../nbs/4_training/43b_tracking.ipynb #43b-003
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Callback
 from ..ground.console import log
 from ..ground.settings import MlflowConfig
 from ..runs.record import RunDirectory
+from ..runs.selection import HIGHER_IS_BETTER
 from .mlflow_run import PARENT_VARIABLE, MlflowMirror, mlflow_name, mlflow_text, send_values
 from .mlflow_store import Gate, old_store_note, open_mlflow_store, without_secrets
 
@@ -27,7 +28,8 @@ def where_to_look(
 ) -> str:  # a command or an address
     "How to see a run in a browser."
     if uri.startswith("http"):
-        return without_secrets(f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}")
+        address = f"{uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+        return without_secrets(f"{address}?workflowType=machine_learning")
     return f"run {run_id}; look at it with: mlflow ui --backend-store-uri '{without_secrets(uri)}'"
 
 # %% ../../nbs/4_training/43b_tracking.ipynb #43b-011
@@ -109,17 +111,25 @@ def _new_sweep_run(config: MlflowConfig, name: str) -> dict[str, str]:
     return {PARENT_VARIABLE: made.info.run_id}
 
 
+def _best_of(runs: Iterable) -> dict[str, float]:
+    "The best score of all, by the name of each score."
+    best: dict[str, float] = {}
+    for run in runs:
+        for name, value in run.data.metrics.items():
+            if name.startswith("best_"):
+                better = max if name.removeprefix("best_") in HIGHER_IS_BETTER else min
+                best[name] = better(value, best.get(name, value))
+    return best
+
+
 def _end_sweep_run(config: MlflowConfig, sweep: SweepRun) -> None:
     "Set the status of the sweep, its best scores, and the status of runs whose processes could not."
     store, run_id = open_mlflow_store(config), sweep.environment[PARENT_VARIABLE]
     left = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
     for run in store.client.search_runs([store.experiment_id], left):
         store.client.set_terminated(run.info.run_id, "KILLED" if sweep.status == "KILLED" else "FAILED")
-    best: dict[str, float] = {}
-    for run in store.client.search_runs([store.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'"):
-        scores = {name: value for name, value in run.data.metrics.items() if name.startswith("best_")}
-        best |= {name: min(value, best.get(name, value)) for name, value in scores.items()}
-    send_values(store.client, run_id, metrics=best)
+    below = store.client.search_runs([store.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+    send_values(store.client, run_id, metrics=_best_of(below))
     store.client.set_terminated(run_id, sweep.status)
 
 # %% ../../nbs/4_training/43b_tracking.ipynb #43b-032
