@@ -39,6 +39,7 @@ COMMANDS = [
     "leaderboard",
     "monitor",
     "archive",
+    "score",
     "predict",
     "export",
     "validate",

@@ -338,7 +338,7 @@ ORDER = (
     *("build", "label", "dockq"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
-    *("predict", "evaluate", "compare", "split", "cross-validate", "report", "export"),
+    *("score", "predict", "evaluate", "compare", "split", "cross-validate", "report", "export"),
     *("validate", "cache", "env", "config", "demo-data"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))

@@ -195,6 +195,7 @@ _LASTING = (
     "pipeline",
     "fine-tune",
     "ramdisk",
+    "score",
     "predict",
     "export",
     "build",

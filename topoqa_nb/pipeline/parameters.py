@@ -63,9 +63,9 @@ class PipelineParameters(BaseModel):
         "auto", description="Runs at a time; auto: fills the cores."
     )
     ensemble: Literal["auto", "off", "on"] = Field(
-        "auto", description="A mean of runs as the answer: auto (if better), off, on."
+        "auto", description="A mean of runs as answer: auto, off or on."
     )
-    families: Path | None = Field(None, description="CSV with target and family: intervals over families.")
+    families: Path | None = Field(None, description="CSV with target and family, for intervals.")
     executor: Literal["local", "ray"] = Field("local", description="Where runs are started; so far: local.")
     fast_dev_run: StrictBool = Field(False, description="One batch per run.")
     overrides: Overrides = Field({}, description="Change a configuration key; repeatable.")
