@@ -16,7 +16,8 @@ from watch import WATCHED, entered, is_below, watch
 
 
 def killed_at(
-    number: int | None,  # which change is not carried out any more, from 0; None: all of them are
+    number: int | str | None,  # the change that is not carried out any more, from 0; None: all of them are;
+    # or a part of the name of a file that is about to be renamed
     folder: Path,  # changes elsewhere do not count
     work: Callable[[], object],
 ) -> int:  # how many changes were announced
@@ -38,7 +39,10 @@ def killed_at(
         nonlocal seen
         if is_below(str(folder), event, arguments):
             os.write(sending, b".")
-            if seen == number:
+            is_named = (
+                isinstance(number, str) and event == "os.rename" and number in os.fsdecode(arguments[0])
+            )
+            if is_named or seen == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1
 

@@ -60,3 +60,13 @@ def test_commands_of_the_readme_exist(
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     for option in filter(lambda word: word.startswith("--"), arguments):
         assert option in text
+
+
+def test_security_names_tests_and_pages_that_exist():
+    named = re.findall(r"`(test_\w+(?:\.py)?|\d\d[a-z]?_\w+)`", (REPOSITORY / "SECURITY.md").read_text())
+    tests = {file.name: file.read_text() for file in (REPOSITORY / "tests").glob("test_*.py")}
+    functions = {
+        name for text in tests.values() for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)
+    }
+    pages = {page.stem for page in (REPOSITORY / "nbs").rglob("*.ipynb")}
+    assert len(named) > 20 and set(named) <= functions | pages | {*tests}

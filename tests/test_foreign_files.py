@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import in_turn
-from original_stack import write_original_run
+from original_stack import SECTIONED, write_original_run
 from torch_geometric.data import Batch, Data
 
 from topoqa_nb.cli import main
@@ -17,6 +17,7 @@ from topoqa_nb.data.labels import match_labels, read_labels
 from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.data.sidecar import read_summary
 from topoqa_nb.data.tiny import write_tiny_dataset
+from topoqa_nb.entry import joined_pairs
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import ConfigError, DataError, RunError
 from topoqa_nb.network.kernels import find_numba
@@ -200,3 +201,20 @@ def test_very_wide_edges_give_each_kernel_the_same_scores(monkeypatch):
         with torch.no_grad():
             scores.append(model(batch))
         torch.testing.assert_close(scores[-1], scores[0], rtol=0, atol=1e-6)
+
+
+# --- what was typed, and what an old run does not say ---
+
+
+def test_a_pair_does_not_swallow_the_option_after_it():
+    for pair in (["run_root=out"], ["run_root", "out"]):
+        given = ["pipeline", "-p", *pair, "--dry-run"]
+        assert joined_pairs(given) == ["pipeline", "--parameter", "run_root=out", "--dry-run"]
+
+
+def test_runs_of_equal_settings_one_of_which_names_no_seed(tmp_path, capsys):
+    for name, seed in (("with_seed", 222), ("without_seed", None)):
+        loader = {"batch_size": 16} | ({"seed": seed} if seed else {})
+        write_original_run(tmp_path / name, config=SECTIONED | {"dataloader": loader})
+    assert main(["leaderboard", "--root", str(tmp_path), "--by-config"]) == 0
+    assert "222, unknown" in capsys.readouterr().out

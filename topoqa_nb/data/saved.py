@@ -91,13 +91,28 @@ _PROTOCOL = 3  # of pickles that PyTorch reads safely; it writes 2
 
 # %% ../../nbs/1_data/10a_saved.ipynb #10a-017
 def _check_archive(path: Path, kind: SavedKind) -> None:
-    "Raise the kind's error for an archive that unpacks to more than it holds."
+    "Raise the kind's error for an archive that unpacks to more than it holds, or holds other bytes than were written."
     with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    size = path.stat().st_size
-    if unpacked > size:
-        found = f"{size:,} bytes that unpack to {unpacked:,}"
-        raise kind.error(path, "an archive that is not compressed", found, "save it again with torch.save")
+        size, unpacked = path.stat().st_size, sum(entry.file_size for entry in archive.infolist())
+        if unpacked > size:
+            found = f"{size:,} bytes that unpack to {unpacked:,}"
+            raise kind.error(
+                path, "an archive that is not compressed", found, "save it again with torch.save"
+            )
+        for entry in archive.infolist():
+            if entry.CRC:  # 0: torch was told to write none
+                _check_sum(archive, entry, path, kind)
+
+
+def _check_sum(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, kind: SavedKind) -> None:
+    "PyTorch reads numbers without a look at their checksum."
+    try:
+        archive.read(entry)
+    except zipfile.BadZipFile:
+        found = f"a damaged file: {entry.filename.partition('/')[2]} is not what its checksum says"
+        raise kind.error(
+            path, f"a {kind.what} saved with torch.save", found, "build or copy the file again"
+        ) from None
 
 # %% ../../nbs/1_data/10a_saved.ipynb #10a-500
 _REPEATED = 64_000_000  # bytes that tensors may show beyond those that they have
