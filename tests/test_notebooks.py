@@ -268,7 +268,7 @@ def test_the_report_shows_the_sections_of_the_contract(attempts):
         "ridge",
         "extra trees",
         "Taken: ",
-        "By the draw of the",
+        "By seed: not known",
         "test.csv|val.csv",
         "started from",
     ):

@@ -6,6 +6,7 @@
 __all__ = ['own_scores', 'seed_floor', 'runs_apart', 'noise_facts', 'noise_lines']
 
 # %% ../../nbs/7_pipeline/73e_noise.ipynb #73e-003
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -77,8 +78,15 @@ def noise_facts(
         "sd of the best run by the draw of the validation targets": alone[0].sd if alone else None,
         "sd of a difference to it by that draw, median": float(np.median(gaps)) if gaps else None,
     }
-    drawn = pd.DataFrame({"what": list(rows), "value": list(rows.values())}).astype({"value": float})
-    return pd.concat([noise_table(scores).astype({"value": float}), drawn], ignore_index=True)
+    facts = dict(noise_table(scores).itertuples(index=False)) | rows
+    return pd.DataFrame({"what": list(facts), "value": [_said(value) for value in facts.values()]})
+
+
+def _said(value: float | None) -> str:
+    "A count, five decimals of what is measured, or that it is not."
+    if value is None or math.isnan(value):
+        return "not known"
+    return str(int(value)) if float(value).is_integer() and value > 1 else f"{value:.5f}"
 
 # %% ../../nbs/7_pipeline/73e_noise.ipynb #73e-012
 def noise_lines(
