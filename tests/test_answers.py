@@ -16,6 +16,7 @@ from conftest import REPOSITORY, in_turn
 from topoqa_nb.answers import inference
 from topoqa_nb.answers.inference import Scorer
 from topoqa_nb.answers.predictions import read_predictions
+from topoqa_nb.build.report import BuildParameters
 from topoqa_nb.cli import main
 from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.tiny import DemoPaths, save_graph, write_tiny_dataset
@@ -338,7 +339,7 @@ def count(scored: list[str], part: object) -> np.ndarray:
 # --- the notebooks
 
 
-@pytest.mark.parametrize("kind", [PredictParameters, EvaluateParameters])
+@pytest.mark.parametrize("kind", [PredictParameters, EvaluateParameters, BuildParameters])
 def test_a_notebook_has_the_parameters_of_its_model(kind):
     name = kind.__name__.removesuffix("Parameters").lower()
     found = papermill.inspect_notebook(str(REPOSITORY / "pipelines" / f"{name}.ipynb"))

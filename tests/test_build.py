@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
-from conftest import in_turn, is_running
+from conftest import REPOSITORY, in_turn, is_running
 from kills import killed_at
 
 from topoqa_nb.build.build import build
@@ -21,6 +22,7 @@ from topoqa_nb.build.example import helix_pair, write_example
 from topoqa_nb.build.recipe import Recipe, build_graph
 from topoqa_nb.build.structures import pdb_text
 from topoqa_nb.cli import main
+from topoqa_nb.ground.html_page import requests_of
 
 
 def decoys(folder: Path, count: int = 3) -> Path:
@@ -63,6 +65,21 @@ def test_graphs_of_the_sample_structures(shared_dir: Path) -> None:
             assert np.allclose(getattr(graph, part), getattr(reference, part).numpy(), rtol=0, atol=1e-6), (
                 path
             )
+
+
+def test_the_notebook_builds_and_reports(tmp_path: Path) -> None:
+    decoys(tmp_path / "decoys")
+    write_example(tmp_path / "natives" / "1HEL.pdb")
+    values = {"structures": ["decoys"], "native": "natives", "jobs": 1}
+    executed = tmp_path / "out.ipynb"
+    papermill.execute_notebook(
+        REPOSITORY / "pipelines" / "build.ipynb", executed, values, cwd=tmp_path, progress_bar=False
+    )
+    page, text = (tmp_path / "build" / "build_report.html").read_text(), executed.read_text()
+    assert requests_of(page) == []
+    for part in ("Sizes", "Failures", "topology: loops", "acceptable", "1HEL/far"):
+        assert part in page and part in text
+    assert text.count('"image/png"') == page.count("data:image/png") == 2
 
 
 PAIR = pdb_text(helix_pair())
@@ -248,7 +265,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 
 WITHOUT = """
 import sys
-for name in ("gemmi", "numba"):
+for name in ("gemmi", "numba", "optuna", "parasail"):
     sys.modules[name] = None
 from topoqa_nb.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -261,10 +278,12 @@ sys.exit(main(sys.argv[1:]))
         ("build decoys --out out", 2, "pip install 'topoqa_nb[build]'"),
         ("label decoys --native decoys/1HEL/1HEL_0.pdb", 2, "pip install 'topoqa_nb[build]'"),
         ("dockq decoys/1HEL/1HEL_0.pdb decoys/1HEL/1HEL_1.pdb", 2, "pip install 'topoqa_nb[build]'"),
+        ("families decoys", 2, "pip install 'topoqa_nb[build]'"),
+        ("search --space space.yaml --out out", 2, "pip install 'topoqa_nb[search]'"),
         ("config --show config.yaml", 0, "learning_rate"),
     ],
 )
-def test_only_the_builder_needs_its_packages(line: str, code: int, words: str, tmp_path: Path) -> None:
+def test_only_what_needs_an_extra_asks_for_it(line: str, code: int, words: str, tmp_path: Path) -> None:
     decoys(tmp_path / "decoys", count=2)
     command = [sys.executable, "-c", WITHOUT, *line.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -40,6 +40,7 @@ COMMANDS = [
     "leaderboard",
     "monitor",
     "archive",
+    "score",
     "predict",
     "export",
     "validate",
@@ -47,6 +48,8 @@ COMMANDS = [
     "env",
     "config",
     "demo-data",
+    "families",
+    "search",
 ]
 
 

@@ -27,6 +27,7 @@ EVERYDAY = {  # name -> the module that has it
     "predict_split": "topoqa_nb.training.module",  # the scores that a checkpoint gives
     "Scorer": "topoqa_nb.answers.inference",  # trained models that score new graphs
     "predict": "topoqa_nb.answers.predict",  # scores of a directory, in a file
+    "score": "topoqa_nb.build.score",  # scores of structures, built as the model's graphs were
     "read_predictions": "topoqa_nb.answers.predictions",  # such a file, checked
     "evaluate": "topoqa_nb.answers.evaluation",  # how good predictions are, with intervals
     "compare": "topoqa_nb.answers.comparison",  # which of several are better

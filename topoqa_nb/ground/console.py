@@ -196,6 +196,7 @@ _LASTING = (
     "pipeline",
     "fine-tune",
     "ramdisk",
+    "score",
     "predict",
     "export",
     "build",

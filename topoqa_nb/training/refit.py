@@ -27,7 +27,7 @@ from .averaging import averaging
 from .callbacks import ProgressLines, RunRecorder
 from .devices import check_device, keep_freed_memory, torch_threads
 from .mlflow_store import check_tracking
-from .module import TopoQAModule, batches_together, make_optimizer
+from .module import TopoQAModule, batches_together
 from .tracking import open_tracker
 from topoqa_nb.training.training import (
     check_trainer,
@@ -85,10 +85,12 @@ class RefitModule(TopoQAModule):
         mark: dict[str, object],  # what a checkpoint says of itself
     ):
         super().__init__(*parts, val_targets=[])
-        self.rates, self.mark, self.scheduler = rates, mark, None
+        self.rates, self.mark = rates, mark
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.parameters(), self.config.optimizer)
+        optimizer = super().configure_optimizers()
+        self.scheduler = None  # the rates are known
+        return optimizer
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
