@@ -34,6 +34,7 @@ COMMANDS = [
     "batch",
     "pipeline",
     "fine-tune",
+    "refit",
     "ramdisk",
     "summarise",
     "leaderboard",

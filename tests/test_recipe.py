@@ -12,6 +12,7 @@ from test_training import run_once
 
 from topoqa_nb.answers.export import export
 from topoqa_nb.answers.models import load_models, model_files
+from topoqa_nb.cli import main
 from topoqa_nb.data.dataset import open_data
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
@@ -161,6 +162,51 @@ def test_seeds_of_an_earlier_version_and_of_this_one_are_one_configuration(tiny,
     write_json(run.metadata_file, {**metadata, "training_parameters": parameters})
     (row,) = by_config(leaderboard(tmp_path))
     assert row["seeds"] == [1, 2]
+
+
+def test_a_refit_is_marked_wherever_it_goes(tiny, tmp_path, capsys):
+    "Not ranked, not continued; whoever predicts, evaluates, exports or fine-tunes is told."
+    settings = RECIPE | {"trainer__num_epochs": 3, "trainer__average": "ema", "scheduler__warmup_epochs": 0}
+    run = run_once(tiny, tmp_path, "chosen", **settings)
+    assert main(["refit", "--run-dir", str(run.path)]) == 0
+    again = RunDirectory(tmp_path / "chosen_refit")
+    data, note = open_data(load_config(run.config_file).config), "no validation remains"
+    nodes = torch.cat([split.store.node_counts[split.index] for split in (data.train, data.val)]).double()
+    mean = read_checkpoint(again.last_checkpoint)["state_dict"]["model.sizes.mean"]
+    assert mean[0].item() == pytest.approx(nodes.log1p().mean().item(), abs=1e-6)
+    rows = {row["run_name"]: row for row in leaderboard(tmp_path)}
+    assert (rows["chosen"]["rank"], rows["chosen_refit"]["rank"]) == (1, None)
+    assert "nothing is left to judge it by" in rows["chosen_refit"]["reason"]
+    graphs, labels = tiny["paths.graph"], tiny["paths.train_labels"]
+    capsys.readouterr()
+    out = tmp_path / "scores.csv"
+    assert main(["predict", "--model", str(again.path), "--graph-dir", graphs, "--out", str(out)]) == 0
+    assert note in capsys.readouterr().err and note in out.with_name("scores.csv.meta.json").read_text()
+    judged = [
+        "evaluate",
+        "--model",
+        str(again.path),
+        "--graph-dir",
+        graphs,
+        "--labels",
+        labels,
+        "--bootstrap",
+        "0",
+    ]
+    assert main(judged) == 0
+    assert note in capsys.readouterr().err
+    (exported,) = export([again.path], tmp_path / "model.safetensors")
+    assert note in str(load_models([exported])[0].to_dict()["notes"])
+    child = run_once(tiny, tmp_path, "child", again.checkpoints / "best.ckpt", trainer__num_epochs=1,
+                     model__residual=True, model__size_features=True)  # fmt: skip
+    assert note in child.console_file.read_text()
+    assert main(["resume", "--run-dir", str(again.path), "--checkpoint", "last"]) == 2
+    assert "a refit, which is not continued" in capsys.readouterr().err
+    assert (
+        main(["summarise", "--run-dir", str(again.path)])
+        == main(["report", "--run-dir", str(again.path)])
+        == 0
+    )
 
 
 @in_turn(

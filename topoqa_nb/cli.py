@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'config_command', 'demo_data_command', 'validate_command', 'env_command', 'cache_command', 'run_command',
-           'resume_command', 'batch_command', 'summarise_command', 'leaderboard_command', 'monitor_command',
-           'archive_command']
+           'resume_command', 'refit_command', 'batch_command', 'summarise_command', 'leaderboard_command',
+           'monitor_command', 'archive_command']
 
 # %% ../nbs/99_cli.ipynb #99-003
 import json
@@ -203,6 +203,21 @@ def resume_command(
 
     resume(run, checkpoint=checkpoint, overrides=override, accept_drift=accept_drift, force=force)
 
+# %% ../nbs/99_cli.ipynb #99-301
+@app.command("refit")
+def refit_command(
+    run_id: RunId = None,
+    run_dir: RunDir = None,
+    root: Root = RUN_ROOT,
+    run_name: Annotated[str | None, typer.Option(help="Of the refit; default: the run's and _refit.")] = None,
+) -> None:
+    "Train the recipe of a run on its training and validation labels together."
+    run = chosen_run(run_id, run_dir, root)
+    with fast_import():
+        from topoqa_nb.training.refit import refit
+
+    refit(run, run_name=run_name)
+
 # %% ../nbs/99_cli.ipynb #99-018
 def _run_shown(
     planned: Sequence[object],  # from `plan_jobs`
@@ -339,7 +354,7 @@ def archive_command(
 # %% ../nbs/99_cli.ipynb #99-126
 ORDER = (
     *("build", "label", "dockq", "families"),
-    *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
+    *("run", "resume", "batch", "pipeline", "fine-tune", "refit", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
     *("score", "predict", "evaluate", "compare", "split", "cross-validate", "search", "report", "export"),
     *("validate", "cache", "env", "config", "demo-data"),

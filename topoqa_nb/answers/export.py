@@ -29,6 +29,8 @@ def header(
         "config": {"model": model_config(model.network).model_dump()},
         "source": source or {"file": model.path.name, "sha256": model.sha256, "layout": model.layout},
     }
+    if model.network.notes:
+        content["notes"] = model.network.notes
     return {"format": "pt", EXPORT_KEY: json.dumps(plain(content))}
 
 

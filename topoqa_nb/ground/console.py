@@ -191,6 +191,7 @@ class _LastingStream:
 _LASTING = (
     "run",
     "resume",
+    "refit",
     "batch",
     "pipeline",
     "fine-tune",

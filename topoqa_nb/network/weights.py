@@ -255,11 +255,20 @@ class _OwnCheckpoint(BaseModel):
     feature_metadata: dict[str, object]
     config: _Network
     state_dict: dict[str, Tensor]
+    refit: dict[str, object] | None = None  # of which run, when it was trained on all its labels
+    notes: list[str] = []  # of an exported model
 
     @property
     def weights(self) -> dict[str, Tensor]:
         "By the names of the network."
         return {name.removeprefix("model."): value for name, value in self.state_dict.items()}
+
+    @property
+    def told(self) -> list[str]:
+        "What somebody who uses the weights should know."
+        of = f"a refit of {self.refit.get('of')} on its training and validation labels" if self.refit else ""
+        seen = [f"{of}: no validation remains, figures on these labels are no test"] * bool(of)
+        return [*self.notes, *seen]
 
 
 def _own_checkpoint(path: str | Path, content: Mapping[str, object]) -> _OwnCheckpoint:
@@ -289,6 +298,7 @@ def load_model(
         _check_fit(build_model(schema, own.config.model).state_dict(), own.weights, checkpoint)
     model = load_weights(build_model(schema, own.config.model), own.weights, checkpoint)
     _check_finite(checkpoint, model)
+    model.notes = own.told
     return model.eval(), schema
 
 

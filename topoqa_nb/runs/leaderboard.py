@@ -149,8 +149,13 @@ def leaderboard_row(
         "settings": settings_fingerprint(record),
         "archived": run.path.parent.name == "history",
         "checkpoint": str(run.checkpoints / checkpoint) if checkpoint and not gone else None,
-        "reason": "its checkpoints are gone" if gone else record.reason,
+        "reason": "its checkpoints are gone" if gone else record.reason or _not_judged(record),
     }
+
+
+def _not_judged(record: RunRecord) -> str | None:
+    is_refit = record.lineage.mode == "refit"
+    return "a refit on training and validation labels: nothing is left to judge it by" if is_refit else None
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-026
 def ranked_rows(

@@ -114,6 +114,9 @@ def resumable_metadata(
         wrong = wrong_value(problem)
         where, fix = f"{run.metadata_file}: {'.'.join(wrong.place)}", "restore the file from a copy"
         raise RunError(where, wrong.expected, as_written(wrong.found), fix) from None
+    if metadata["lineage"]["mode"] == "refit":
+        fix = "make it anew with topoqa refit, under another name"
+        raise RunError(run.path, "a run with a validation", "a refit, which is not continued", fix)
     return metadata
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-008

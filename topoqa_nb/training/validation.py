@@ -119,7 +119,7 @@ def read_parent(
     check_features(checkpoint, schema, data.schema)
     _check_kind(checkpoint, model, config)
     child = load_weights(build_model(data.schema, config.model), model.state_dict(), checkpoint)
-    judged = judged_on(config, data)
+    child.notes, judged = model.notes, judged_on(config, data)
     scores = predict(child, judged)
     if not np.isfinite(scores).all():
         fix = "check the features of the graphs, or name another checkpoint"
