@@ -56,8 +56,9 @@ bench: $(STAMP) ## the timed comparisons of benchmarks/; DATA=folder adds its gr
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/predict.py $(if $(DATA),--data "$(DATA)/graphs")
 
+# JupyterLab enters its kernel's name and version in every page it opens, and saves that; what is saved is cleaned first.
 lab: $(STAMP) ## open the pages in JupyterLab
-	$(BIN)/jupyter lab nbs
+	cd nbs && "$(CURDIR)/$(BIN)/jupyter" lab --FileContentsManager.pre_save_hook=nbdev.clean.clean_jupyter
 
 docs: $(DOCS_STAMP) ## the pages as a book with search, in _docs/; no network is needed to read it
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict && echo "make docs: open _docs/index.html"

@@ -1,4 +1,4 @@
-"""Compare the attention kernels, one layer and one whole training step, forward and backward.
+"""Compare the kernels, one layer and one whole training step, forward and backward.
 
 Every round times each kernel once, so that a machine whose speed changes treats them alike. A figure is the median
 over the rounds; a ratio is the median of the ratios within a round. Absolute figures mean little on a busy machine;
@@ -24,8 +24,9 @@ from torch_geometric.data import Batch, Data
 
 from topoqa_nb.data.graphs import list_graphs, read_graph
 from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
-from topoqa_nb.network.attention import attend, attention_layer, order_edges
+from topoqa_nb.network.attention import attention_layer, order_edges
 from topoqa_nb.network.kernels import KERNELS, find_numba
+from topoqa_nb.network.layer import EdgeUpdate, interact
 from topoqa_nb.network.model import TopoQANet
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -76,15 +77,17 @@ def make_batch(arguments: argparse.Namespace) -> Batch:
 
 
 def layer_pass(batch: Batch, arguments: argparse.Namespace, kernel: str) -> Callable[[], None]:
-    "One attention layer, forward and backward, the order of the edges made beforehand."
+    "One layer, forward and backward, the order of the edges made beforehand."
     width = arguments.hidden
-    layer = attention_layer(width, arguments.heads, dropout=0.25)
+    conv, update = attention_layer(width, arguments.heads, dropout=0.25), EdgeUpdate(width, arguments.heads)
     order = order_edges(batch.edge_index, batch.num_nodes, kernel, batch.edge_order)
     nodes = torch.randn(batch.num_nodes, width, requires_grad=True)
     edges = torch.randn(batch.num_edges, width, requires_grad=True)
-    pull = torch.randn(batch.num_nodes, width)
-    inputs = [nodes, edges, *layer.parameters()]
-    return lambda: torch.autograd.grad(attend(layer, nodes, order.arrange(edges), order), inputs, pull)
+    pulls = torch.randn(batch.num_nodes, width), torch.randn(batch.num_edges, width)
+    inputs = [nodes, edges, *conv.parameters(), *update.parameters()]
+    return lambda: torch.autograd.grad(
+        interact(conv, update, nodes, order.arrange(edges), order), inputs, pulls
+    )
 
 
 def training_step(batch: Batch, arguments: argparse.Namespace, kernel: str) -> Callable[[], None]:
@@ -138,7 +141,7 @@ def main() -> None:
     )
     if "numba" not in kernels:
         print("numba is not installed and is left out")
-    for title, make in (("attention layer", layer_pass), ("training step", training_step)):
+    for title, make in (("layer", layer_pass), ("training step", training_step)):
         passes = {kernel: make(batch, arguments, kernel) for kernel in kernels}
         report(title, measure(passes, arguments.rounds, CLOCKS[arguments.clock]))
 

@@ -18,23 +18,22 @@ from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import ConfigError, DataError
-from topoqa_nb.network import kernels
-from topoqa_nb.network.attention import Attention, attend, attention_layer, order_edges
+from topoqa_nb.network import kernels, products
+from topoqa_nb.network.attention import attention_layer, order_edges
 from topoqa_nb.network.kernels import (
     LOOPS,
-    STEP,
     TILE,
     TORCH_STEPS,
     Steps,
     choose_kernel,
     compile_loop,
     find_numba,
-    find_onednn,
     numba_steps,
     on_arrays,
-    padded_rows,
 )
+from topoqa_nb.network.layer import EdgeUpdate, Interaction, interact
 from topoqa_nb.network.model import TopoQANet
+from topoqa_nb.network.products import STEP, find_onednn, padded_rows
 from topoqa_nb.runs.runs import read_metrics
 from topoqa_nb.training.training import train
 
@@ -46,15 +45,16 @@ EVERY = ["reference", *FAST]
 def make_case(nodes, pairs, heads=2, width=3, dropout=0.0, dtype=torch.float64, seed=0):
     "A layer in training mode with random parameters, node states, edge states and edges."
     generator = torch.Generator().manual_seed(seed)
-    conv = attention_layer(width, heads, dropout).to(dtype)
+    conv, update = attention_layer(width, heads, dropout).to(dtype), EdgeUpdate(width, heads).to(dtype)
     with torch.no_grad():
-        for parameter in conv.parameters():
+        for parameter in (*conv.parameters(), *update.parameters()):
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     edge_index = (
         pairs if isinstance(pairs, torch.Tensor) else torch.randint(nodes, (2, pairs), generator=generator)
     )
     return SimpleNamespace(
         conv=conv,
+        update=update,
         edge_index=edge_index,
         nodes=torch.randn(nodes, width, generator=generator, dtype=torch.float64).to(dtype),
         edges=torch.randn(edge_index.shape[1], width, generator=generator, dtype=torch.float64).to(dtype),
@@ -62,8 +62,8 @@ def make_case(nodes, pairs, heads=2, width=3, dropout=0.0, dtype=torch.float64, 
 
 
 def outcome(case, kernel, by_target=False, seed=1):
-    "States, then the gradients of node states, edge states and every parameter, edges as in the file."
-    conv = deepcopy(case.conv)
+    "New states, then the gradients of node states, edge states and every parameter, edges as in the file."
+    conv, update = deepcopy(case.conv), deepcopy(case.update)
     nodes, edges = (values.clone().requires_grad_() for values in (case.nodes, case.edges))
     edge_index, edge_order, stored = case.edge_index, None, edges
     if by_target:  # as a store hands them out
@@ -71,10 +71,18 @@ def outcome(case, kernel, by_target=False, seed=1):
         edge_index, stored = edge_index[:, edge_order], edges.index_select(0, edge_order)
     order = order_edges(edge_index, len(nodes), kernel, edge_order)
     torch.manual_seed(seed)
-    states = attend(conv, nodes, order.arrange(stored), order)
-    pull = torch.randn(states.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    grads = torch.autograd.grad((states * pull.to(states)).sum(), [nodes, edges, *conv.parameters()])
-    return [states.detach(), *grads]
+    states = as_in_the_file(*interact(conv, update, nodes, order.arrange(stored), order), order)
+    pulled, generator = 0.0, torch.Generator().manual_seed(2)
+    for each in states:
+        pull = torch.randn(each.shape, generator=generator, dtype=torch.float64)
+        pulled = pulled + (each * pull.to(each)).sum()
+    grads = torch.autograd.grad(pulled, [nodes, edges, *conv.parameters(), *update.parameters()])
+    return [*(each.detach() for each in states), *grads]
+
+
+def as_in_the_file(nodes, edges, order):
+    "What `interact` gives, its edges where the file has them."
+    return nodes, edges if order.file_rows is None else edges.index_select(0, order.file_rows.argsort())
 
 
 def assert_same(found, wanted, tolerance):
@@ -144,20 +152,21 @@ def test_single_precision_is_as_close_to_double_as_the_reference_is(kernel):
 def test_the_loops_without_compiling():
     "What numba translates is ordinary Python, and can be tested where numba is missing."
     steps = Steps(**{name: on_arrays(loop, np.float64) for name, (loop, _) in LOOPS.items()})
-    assert_same(bare_attention(steps), bare_attention(TORCH_STEPS), 1e-12)
+    assert_same(bare_layer(steps), bare_layer(TORCH_STEPS), 1e-12)
 
 
-INPUTS = 8  # tensors of `Attention` that may need a gradient
+INPUTS = 11  # tensors of `Interaction` that may need a gradient
 
 
 def shapes_of(nodes, edge_count, heads, width):
-    "Of the node states, the edge states, and five parameters."
+    "Of the node states, the edge states, and nine parameters."
     projection = [(heads * width, width), (heads * width,)]
-    return [(nodes, width), (edge_count, width), *2 * projection, projection[0], (heads, width)]
+    attention = [*2 * projection, projection[0], (heads, width), (width,)]
+    return [(nodes, width), (edge_count, width), *attention, (heads * width, 3 * width), projection[1]]
 
 
-def bare_attention(steps, needs_grad=(True,) * INPUTS, double=False):
-    "`Attention` itself with a mask, on inputs of which some need gradients."
+def bare_layer(steps, needs_grad=(True,) * INPUTS, double=False):
+    "`Interaction` itself with a mask, on inputs of which some need gradients."
     generator = torch.Generator().manual_seed(4)
     heads, width, nodes, edge_count = 3, 4, 6, 20
     shapes = shapes_of(nodes, edge_count, heads, width)
@@ -167,11 +176,12 @@ def bare_attention(steps, needs_grad=(True,) * INPUTS, double=False):
     mask = torch.rand(edge_count, heads, generator=generator, dtype=torch.float64)
     order = order_edges(torch.randint(nodes, (2, edge_count), generator=generator), nodes, "torch")
     copies = [values.detach().clone() for values in inputs]
-    states = Attention.apply(*inputs, mask, order, 0.2, steps)
+    states = Interaction.apply(*inputs, mask, order, 0.2, steps)
     wanted = [values for values in inputs if values.requires_grad]
-    grads = torch.autograd.grad(states.square().sum(), wanted, create_graph=double)
+    total = sum(each.square().sum() for each in states)
+    grads = torch.autograd.grad(total, wanted, create_graph=double)
     assert all(map(torch.equal, inputs, copies)), "inputs were changed"
-    return [states.detach(), *grads]
+    return [*(each.detach() for each in states), *grads]
 
 
 def steps_of(kernel):
@@ -182,9 +192,9 @@ def steps_of(kernel):
 @in_turn("missing", range(INPUTS))
 def test_inputs_that_need_no_gradient(kernel, missing):
     needs_grad = [place != missing for place in range(INPUTS)]
-    everything = bare_attention(steps_of(kernel))
-    del everything[1 + missing]
-    for ours, wanted in zip(bare_attention(steps_of(kernel), needs_grad), everything, strict=True):
+    everything = bare_layer(steps_of(kernel))
+    del everything[2 + missing]
+    for ours, wanted in zip(bare_layer(steps_of(kernel), needs_grad), everything, strict=True):
         assert torch.equal(ours, wanted)
 
 
@@ -198,13 +208,13 @@ def test_gradients_by_finite_differences(kernel):
     order = order_edges(torch.randint(4, (2, 7), generator=generator), 4, kernel)
     mask = 2.0 * torch.randint(2, (7, 2), generator=generator)
     assert torch.autograd.gradcheck(
-        lambda *values: Attention.apply(*values, mask.double(), order, 0.2, steps_of(kernel)), inputs
+        lambda *values: Interaction.apply(*values, mask.double(), order, 0.2, steps_of(kernel)), inputs
     )
 
 
 @pytest.mark.parametrize("kernel", FAST)
 def test_a_second_derivative_is_refused_and_not_wrong(kernel):
-    _, *grads = bare_attention(steps_of(kernel), double=True)
+    _, _, *grads = bare_layer(steps_of(kernel), double=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grads[0].sum().backward()
 
@@ -283,8 +293,9 @@ def test_a_stored_order_that_is_not_by_target(kernel):
     edge_order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
     order = order_edges(case.edge_index[:, edge_order], 6, kernel, edge_order)
     torch.manual_seed(1)
-    states = attend(case.conv, case.nodes, order.arrange(case.edges[edge_order]), order)
-    assert torch.allclose(states, outcome(case, "reference")[0], rtol=0, atol=1e-9)
+    states = interact(case.conv, case.update, case.nodes, order.arrange(case.edges[edge_order]), order)
+    for found, wanted in zip(as_in_the_file(*states, order), outcome(case, "reference"), strict=False):
+        assert torch.allclose(found, wanted, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kernel", EVERY)
@@ -311,10 +322,12 @@ def test_inputs_that_are_not_contiguous(kernel):
 @pytest.mark.parametrize("kernel", EVERY)
 def test_inference_mode(kernel):
     case = make_case(5, 20)
-    wanted = outcome(case, "reference")[0]
+    wanted = outcome(case, "reference")
     with torch.inference_mode():
         order = order_edges(case.edge_index, 5, kernel)
-        torch.testing.assert_close(attend(case.conv, case.nodes, order.arrange(case.edges), order), wanted)
+        states = interact(case.conv, case.update, case.nodes, order.arrange(case.edges), order)
+        for found, expected in zip(as_in_the_file(*states, order), wanted, strict=False):
+            torch.testing.assert_close(found, expected)
 
 
 # Products by oneDNN.
@@ -323,7 +336,7 @@ def test_inference_mode(kernel):
 @pytest.fixture
 def amd(monkeypatch):
     "A processor on which oneDNN is chosen."
-    monkeypatch.setattr(kernels, "processor_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(products, "processor_vendor", lambda: "AuthenticAMD")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     find_onednn.cache_clear()
     yield monkeypatch
@@ -336,7 +349,7 @@ def test_onednn_is_chosen_only_where_it_was_found_faster(amd):
     )
     for change in (("processor_vendor", lambda: "GenuineIntel"), ("processor_vendor", lambda: None)):
         find_onednn.cache_clear()
-        amd.setattr(kernels, *change)
+        amd.setattr(products, *change)
         assert find_onednn() is None
 
 
@@ -351,10 +364,10 @@ def test_a_pytorch_without_onednn(amd):
 def test_either_product_gives_the_same(kernel, nodes, edges, amd):
     "Rows are padded with zeros for oneDNN; nothing of them may show, whatever the memory held before."
     sizes = {"nodes": nodes, "pairs": edges, "heads": 8, "width": 32, "dtype": torch.float32}
-    assert kernels.find_onednn() is not None
+    assert products.find_onednn() is not None
     by_onednn = outcome(make_case(**sizes), kernel)
     with amd.context() as patch:
-        patch.setattr(kernels, "find_onednn", lambda: None)
+        patch.setattr(products, "find_onednn", lambda: None)
         by_mkl = outcome(make_case(**sizes), kernel)
     for found, wanted in zip(by_onednn, by_mkl, strict=True):
         assert (found - wanted).norm() <= 1e-5 * wanted.norm()

@@ -265,7 +265,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
 
 WITHOUT = """
 import sys
-for name in ("gemmi", "numba"):
+for name in ("gemmi", "numba", "optuna", "parasail"):
     sys.modules[name] = None
 from topoqa_nb.cli import main
 sys.exit(main(sys.argv[1:]))
@@ -278,10 +278,12 @@ sys.exit(main(sys.argv[1:]))
         ("build decoys --out out", 2, "pip install 'topoqa_nb[build]'"),
         ("label decoys --native decoys/1HEL/1HEL_0.pdb", 2, "pip install 'topoqa_nb[build]'"),
         ("dockq decoys/1HEL/1HEL_0.pdb decoys/1HEL/1HEL_1.pdb", 2, "pip install 'topoqa_nb[build]'"),
+        ("families decoys", 2, "pip install 'topoqa_nb[build]'"),
+        ("search --space space.yaml --out out", 2, "pip install 'topoqa_nb[search]'"),
         ("config --show config.yaml", 0, "learning_rate"),
     ],
 )
-def test_only_the_builder_needs_its_packages(line: str, code: int, words: str, tmp_path: Path) -> None:
+def test_only_what_needs_an_extra_asks_for_it(line: str, code: int, words: str, tmp_path: Path) -> None:
     decoys(tmp_path / "decoys", count=2)
     command = [sys.executable, "-c", WITHOUT, *line.split()]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

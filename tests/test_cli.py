@@ -47,6 +47,8 @@ COMMANDS = [
     "env",
     "config",
     "demo-data",
+    "families",
+    "search",
 ]
 
 

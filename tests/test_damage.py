@@ -5,6 +5,7 @@
 
 import copy
 import functools
+import gzip
 import io
 import json
 import math
@@ -15,13 +16,23 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+from original_stack import write_original_run
 
+from topoqa_nb.answers.export import export
+from topoqa_nb.answers.models import load_models
+from topoqa_nb.answers.predictions import read_predictions
+from topoqa_nb.build.example import write_example
+from topoqa_nb.build.journal import journal_of
+from topoqa_nb.build.recipe import Recipe
+from topoqa_nb.build.structures import read_structure
 from topoqa_nb.cli import main
 from topoqa_nb.data.cache import cache_rows, cached_stores
+from topoqa_nb.data.families import read_families
 from topoqa_nb.data.graphs import read_graph
 from topoqa_nb.data.labels import read_labels
 from topoqa_nb.data.sidecar import read_sidecar, read_summary
@@ -30,7 +41,10 @@ from topoqa_nb.data.tiny import write_tiny_dataset
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import TopoqaError, write_json
 from topoqa_nb.network.weights import load_model
+from topoqa_nb.pipeline.parameters import PipelineParameters
+from topoqa_nb.pipeline.plan import claim_reports
 from topoqa_nb.pipeline.stage_record import read_stage
+from topoqa_nb.pipeline.standing import SUMMARY, standing
 from topoqa_nb.runs.leaderboard import leaderboard, summarise
 from topoqa_nb.runs.record import RunDirectory, read_metadata
 from topoqa_nb.runs.runs import read_metrics
@@ -104,9 +118,29 @@ def world(tmp_path_factory) -> Path:
     (root / "m.yaml").write_text("shared: {config: c.yaml}\njobs: [{name: a, overrides: {seed: 1}}]\n")
     train(load_config(None, settings_of(root)), run_name="one")
     shutil.copytree(root / "runs" / "one", root / "runs" / "two", symlinks=True)
+    write_more(root)
     note = root / "runs" / "two" / "resumed" / "1" / "unfinished.json"
     write_json(note, {"after_epoch": 0, "source": "model_checkpoints/last.chkpt"})
     return root
+
+
+def write_more(root: Path) -> None:
+    "What answers, a build, a pipeline, the original and an interrupted command leave."
+    decoys = [f"TINY01/TINY01_{number:02}" for number in range(4)]
+    rows = [f"{name},TINY01,0.{number + 1}" for number, name in enumerate(decoys)]
+    (root / "scores.csv").write_text("\n".join(["MODEL,target,prediction", *rows]) + "\n")
+    (root / "families.csv").write_text("target,family\nTINY01,1\nTINY02,2\n")
+    run = RunDirectory(root / "runs" / "one")
+    export([run.path], root / "model.safetensors")
+    final = {"run_name": "one", "checkpoint": f"one/model_checkpoints/{run.last_checkpoint.name}"}
+    write_json(root / "answer" / SUMMARY, {"run_root": root / "runs", "status": "completed", "final": final})
+    write_json(root / "answer" / "parameters.json", {"run_root": root / "runs", "jobs": 1})
+    write_json(root / "moved" / "history" / ".archiving.json", {"runs": ["one"], "latest": "one"})
+    write_original_run(root / "original" / "polish")
+    text = write_example(root / "structures" / "pair.pdb").read_bytes()
+    (root / "structures" / "pair.pdb.gz").write_bytes(gzip.compress(text, mtime=0))
+    with journal_of(root / "built" / "journal.jsonl", Recipe()):
+        pass
 
 
 def settings_of(root: Path) -> dict[str, object]:
@@ -172,6 +206,20 @@ def goes_on(run: RunDirectory) -> None:
     assert code == 0 or after == before, sorted(set(after.items()) ^ set(before.items()))
 
 
+def claimed(reports: Path) -> None:
+    "As a pipeline that goes on compares its parameters."
+    parameters = PipelineParameters(jobs=1)
+    claim_reports(
+        SimpleNamespace(reports_dir=reports, parameters=parameters, data={}, run_root=reports, manifest=None)
+    )
+
+
+def goes_on_building(file: Path) -> None:
+    "A build's journal is opened, and begun anew if nothing of it can be believed."
+    with journal_of(file, Recipe()) as journal:
+        assert journal.recipe == Recipe().to_dict()
+
+
 def copied(file: str, target: str) -> None:
     "A pipe is none that can be read."
     os.mkfifo(target) if stat.S_ISFIFO(os.lstat(file).st_mode) else shutil.copy2(file, target)
@@ -192,6 +240,8 @@ def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
         sorted(data.rglob("*.pt"))[0],
     )
     store = next((path.parent for path in (root / "stores").glob("*/*/header")), root / "stores" / "none")
+    polish, structures = root / "original" / "polish", root / "structures"
+    original_rows = next(polish.rglob("metrics.csv"))
     shown = [
         lambda: summarise(run),
         lambda: said("monitor", "--run-dir", run.path),
@@ -220,6 +270,17 @@ def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
         "run config": (run.config_file, [lambda: resumable(run), *go_on]),
         "rewind": (rewound.path / "resumed" / "1" / "unfinished.json", [lambda: finish_rewinds(rewound), lambda: summarise(rewound)]),
         "stage": (root / "reports" / "sweep.json", [lambda: read_stage(root / "reports", "sweep")]),
+        "predictions": (root / "scores.csv", [lambda: read_predictions(root / "scores.csv")]),
+        "families": (root / "families.csv", [lambda: read_families(root / "families.csv")]),
+        "exported": (root / "model.safetensors", [lambda: load_models([root / "model.safetensors"])]),
+        "answer": (root / "answer" / SUMMARY, [lambda: load_models([root / "answer"]), lambda: standing(root / "answer")]),
+        "parameters": (root / "answer" / "parameters.json", [lambda: standing(root / "answer"), lambda: claimed(root / "answer")]),
+        "archiving": (root / "moved" / "history" / ".archiving.json", [lambda: leaderboard(root / "moved")]),
+        "original": (polish / "run_metadata.json", [lambda: summarise(RunDirectory(polish)), lambda: leaderboard(polish.parent)]),
+        "original metrics": (original_rows, [lambda: summarise(RunDirectory(polish)), lambda: leaderboard(polish.parent)]),
+        "structure": (structures / "pair.pdb", [lambda: read_structure(structures / "pair.pdb")]),
+        "packed structure": (structures / "pair.pdb.gz", [lambda: read_structure(structures / "pair.pdb.gz")]),
+        "journal": (root / "built" / "journal.jsonl", [lambda: goes_on_building(root / "built" / "journal.jsonl")]),
         "store header": (store / "header", packed),
         "store array": (store / "edges", packed[:1]),
         "store origin": (store.parent / "origin", packed[1:]),
@@ -228,6 +289,7 @@ def readers(root: Path) -> dict[str, tuple[Path, list[Callable[[], object]]]]:
 
 TREES = {  # JSON files whose keys are changed one by one, and how deep
     "sidecar": 3, "summary": 3, "metadata": 2, "features": 3, "coverage": 3, "rewind": 2, "stage": 2,
+    "answer": 2, "parameters": 1, "archiving": 2, "original": 2,
 }  # fmt: skip
 
 

@@ -22,11 +22,13 @@ from topoqa_nb.data.tiny import DemoPaths
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import read_json
 from topoqa_nb.network.weights import read_checkpoint
-from topoqa_nb.pipeline.stages import finish, phase1_stage, phase2_stage, sweep_stage
+from topoqa_nb.pipeline.final import finish
+from topoqa_nb.pipeline.stages import phase1_stage, phase2_stage, sweep_stage
 from topoqa_nb.runs.record import RunDirectory, read_metadata
 from topoqa_nb.runs.runs import list_runs, read_metrics
 from topoqa_nb.sweep.jobs import SweepResult, result_of
 from topoqa_nb.sweep.manifest import Job
+from topoqa_nb.sweep.sweep import in_training
 from topoqa_nb.training.resume import resume
 from topoqa_nb.training.training import train
 
@@ -111,11 +113,11 @@ def test_a_sweep_of_real_trainings(demo: DemoPaths, tmp_path: Path):
 
     def check(place: Path) -> None:
         assert sorted(run.name[0] for run in runs_of(place, "completed")) == ["a", "b", "c"]
+        assert_sound(place)
         for run in list_runs(place / "runs"):
             if read_metadata(run)["status"] != "completed":
                 resume(run, checkpoint="last")
             assert_same(state(run), expected[run.name[0]])
-        assert_sound(place)
 
     assert struck_everywhere(tmp_path, begin, check, short=(70,), every=5)
 
@@ -130,6 +132,7 @@ jobs: [{name: a, run_name: a, overrides: {seed: 1}}, {name: b, run_name: b, over
 
 def one_after_the_other(waiting: Sequence[Job], **options: object) -> SweepResult:
     "As `run_jobs`, without processes of their own."
+    assert not in_training(waiting)
     for job in waiting:
         train(job.loaded, run_name=job.run_name, parent=job.resume_from)
     return SweepResult(tuple(result_of(job.name, job.run) for job in waiting))
@@ -171,7 +174,8 @@ def pipeline(demo: DemoPaths, tmp_path: Path) -> SimpleNamespace:
     def command(place: Path) -> None:
         told = values_of(demo, place, tmp_path / "two.yaml") | {"jobs": 2}
         settings = [f"--override={each}" for each in told.pop("overrides")]
-        commanded(place, "pipeline", *settings, *[f"-p{name}={value}" for name, value in told.items()])
+        pairs = [part for name, value in told.items() for part in ("-p", f"{name}={value}")]
+        commanded(place, "pipeline", *settings, *pairs)
 
     (tmp_path / "whole").mkdir()
     killed_at(None, tmp_path / "whole", lambda: in_process(tmp_path / "whole"))

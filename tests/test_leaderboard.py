@@ -446,6 +446,18 @@ def test_settings_within_the_noise_of_seeds_are_marked(root, capsys):
     assert "scores vary by 0.01000 (sd) by seed alone" in out
 
 
+def test_fine_tunes_that_kept_their_parent_are_no_seeds(root, capsys):
+    make(root, "own", -0.61, "seed=1")
+    for seed in (2, 3):
+        kept = make(root, f"kept_{seed}", -0.6, f"seed={seed}")
+        update_metadata(kept, selection=read_metadata(kept)["selection"] | {"best_epoch": -1})
+    code, out, _ = topoqa(capsys, "leaderboard", "--root", root, "--by-config", "--format", "json")
+    assert code == 0 and [row["seeds"] for row in json.loads(out)] == [[1]]
+    _, out, _ = topoqa(capsys, "leaderboard", "--root", root, "--by-config")
+    assert "2 fine-tunes that kept their parent are not counted" in out
+    assert "the draw of the validation targets does is not known: " in out
+
+
 def test_all_runs_are_ranked_by_a_metric_that_none_was_ranked_by(root, capsys):
     make(root, "one", -0.6)
     make(root, "two", -0.5, "selection.primary_metric=val_loss")

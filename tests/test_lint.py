@@ -1,6 +1,7 @@
 """Every check of `make lint` accepts a sound tree and can fail."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import in_turn, module_of
+from jupyter_server.services.contents.filemanager import FileContentsManager
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -299,3 +301,24 @@ def test_a_link_that_meets_nothing(tree: Path):
         problem
         == "nbs/0_ground/00_first.ipynb: links to ../1_data/02_gone.ipynb, which does not exist; correct it"
     )
+
+
+def test_a_page_that_jupyterlab_opened_and_saved_is_as_it_was(tmp_path, monkeypatch):
+    "It enters its kernel's display name and the version of Python, with the marks of a cell that was run."
+    pages = tmp_path / "nbs" / "0_ground"
+    pages.mkdir(parents=True)
+    shutil.copy(REPOSITORY / "settings.ini", tmp_path)
+    page = Path(shutil.copy(REPOSITORY / "nbs" / "0_ground" / "00_core.ipynb", pages))
+    monkeypatch.chdir(tmp_path / "nbs")
+    (hook,) = re.findall(
+        r"cd nbs && .* lab --FileContentsManager.pre_save_hook=(\S+)", (REPOSITORY / "Makefile").read_text()
+    )
+    manager = FileContentsManager(root_dir=str(tmp_path / "nbs"), pre_save_hook=hook)
+    model = manager.get("0_ground/00_core.ipynb")
+    model["content"]["metadata"]["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+    model["content"]["metadata"]["language_info"] = {"name": "python", "version": "3.11.7"}
+    for cell in model["content"]["cells"]:
+        cell["metadata"]["trusted"] = True
+    before = page.read_bytes()
+    manager.save(model, "0_ground/00_core.ipynb")
+    assert page.read_bytes() == before

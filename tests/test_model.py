@@ -20,7 +20,8 @@ from topoqa_nb.data.schema import EdgeSchema, FeatureSchema, NodeSchema
 from topoqa_nb.ground.core import CheckpointError, ConfigError, SchemaError
 from topoqa_nb.network.kernels import KERNELS as ALL_KERNELS
 from topoqa_nb.network.kernels import find_numba
-from topoqa_nb.network.model import EdgeUpdate, TopoQANet, pool
+from topoqa_nb.network.layer import EdgeUpdate
+from topoqa_nb.network.model import TopoQANet, pool
 from topoqa_nb.network.weights import load_foreign_weights, load_weights, published_names, read_checkpoint
 
 NODE_WIDTH, EDGE_WIDTH = 5, 3

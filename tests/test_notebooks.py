@@ -207,12 +207,13 @@ def test_the_summary_names_the_answer_and_where_it_comes_from(attempts):
     assert summary["stages"]["phase1"]["runs"][0]["run_name"] == f"{base}_phase1"
     assert summary["stages"]["phase2"]["runs"][0]["run_name"] == f"{base}_phase2_seed101"
     scores = [run["score"] for record in summary["stages"].values() for run in record["runs"]]
-    assert summary["final"]["score"] == pytest.approx(min(scores), abs=1e-6)
-    final = root / summary["final"]["run_dir"]
-    assert (
-        best_checkpoint(final / "model_checkpoints").resolve()
-        == (root / summary["final"]["checkpoint"]).resolve()
-    )
+    best, *means = summary["candidates"]
+    assert best["score"] == pytest.approx(min(scores), abs=1e-6)
+    assert summary["final"]["score"] == pytest.approx(min(one["score"] for one in summary["candidates"]))
+    run, file = root / best["run_names"][0], root / best["checkpoints"][0]
+    assert best_checkpoint(run / "model_checkpoints").resolve() == file.resolve()
+    assert [one["name"] for one in means] == ["mean of the sweep"]
+    assert summary["left_out"] == ["mean of phase 2: no ensemble of 1 run"]
     assert summary["lineage"][0]["stage"] == "sweep"
     held_out = pd.read_csv(attempts["folder"] / "held_out.csv")
     assert summary["test"]["coverage"]["usable"] == len(held_out)
@@ -239,10 +240,19 @@ def test_executed_notebooks_are_reports(attempts, name):
 def test_the_box_of_a_pipeline_names_its_answer(attempts):
     reports, final = attempts["folder"] / "reports", attempts["second"]["final"]
     box = (reports / "full_pipeline.html").read_text(encoding="utf-8").partition("</div>")[0]
-    assert "validation targets" in box and "topoqa predict" in box and final["run_name"] in box
+    assert "validation targets" in box and "topoqa predict" in box
+    assert all(name in box for name in final["run_names"])
     page = pipeline_page(standing(reports))
     assert requests_of(page) == []
-    for heading in ("Stages", "Runs", "On the validation targets", "Test labels", "Lineage"):
+    for heading in (
+        "Stages",
+        "Runs",
+        "Candidates",
+        "How sure is the order of the runs?",
+        "On the validation targets",
+        "Test labels",
+        "Lineage",
+    ):
         assert f">{heading}</h2>" in page, heading
 
 
@@ -256,6 +266,9 @@ def test_the_report_shows_the_sections_of_the_contract(attempts):
         "outcome",
         "training mean",
         "ridge",
+        "extra trees",
+        "Taken: ",
+        "By the draw of the",
         "test.csv|val.csv",
         "started from",
     ):
@@ -266,4 +279,4 @@ def test_the_report_shows_the_sections_of_the_contract(attempts):
         for output in cell.get("outputs", [])
         if "image/png" in output.get("data", {})
     ]
-    assert len(figures) == 4
+    assert len(figures) == 6

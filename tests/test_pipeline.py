@@ -133,7 +133,7 @@ def opened(values, base):
 def test_every_parameter_of_the_contract_has_a_default():
     names = """graph_dir train_labels val_labels manifest run_root skip_sweep skip_fine resume_from test_labels
     phase1_config phase2_configs phase2_from num_workers jobs executor fast_dev_run overrides phase_overrides
-    reports_dir ensemble families"""
+    reports_dir ensemble families recipe"""
     assert set(PipelineParameters.model_fields) == set(names.split())
     assert PipelineParameters().phase2_from == "phase1"
 
@@ -147,6 +147,7 @@ def test_every_parameter_of_the_contract_has_a_default():
         ("jobs", "many"),
         ("phase2_from", "x"),
         ("ensemble", "mean"),
+        ("recipe", "best"),
     ],
 )
 def test_values_of_the_wrong_kind_are_refused_by_name(name, value):
@@ -436,6 +437,26 @@ def test_a_phase_that_gained_nothing_is_not_the_answer(given, tmp_path):
     summary = finish(run, alike)
     assert summary["final"]["stage"] == "sweep"
     assert [step["stage"] for step in summary["lineage"]] == ["sweep"]
+
+
+def test_the_recommended_recipe_is_the_mean_of_three_seeds(given, tmp_path):
+    "No phase, whatever the seeds say; the original recipe is what it was when nobody asks."
+    asked = {key: value for key, value in given.items() if key != "manifest"} | {"recipe": "recommended"}
+    plan = plan_pipeline(absolute(asked, tmp_path))
+    assert [job["stage"] for job in plan["jobs"]] == ["sweep"] * 3
+    seeds = sorted(job["dataloader.seed"] for job in plan["jobs"])
+    assert seeds == [222, 777, 1337] and {job["trainer.num_epochs"] for job in plan["jobs"]} == {10}
+    run, stand_in = opened(asked, tmp_path), StandIn({"recommended_seed777": -0.7})
+    sweep_stage(run, stand_in)
+    models = [job.loaded.config.model for job in stand_in.asked]
+    assert all(model.residual and model.size_features for model in models)
+    assert {job.loaded.config.checkpoint.take for job in stand_in.asked} == {"last"}
+    summary = finish(run, guess)
+    assert len(summary["final"]["checkpoints"]) == 3 and list(summary["stages"]) == ["sweep"]
+    assert not (run.reports_dir / "phase1.json").exists()
+    reopened = opened(asked, tmp_path)  # the same parameters go on
+    assert reopened.parameters == run.parameters
+    assert absolute(given, tmp_path).recipe == "original"
 
 
 def test_the_summary_keeps_paths_relative_to_the_run_root(given, tmp_path):

@@ -49,12 +49,16 @@ def stopped(tiny, folder, after, **changes):
     return RunDirectory(folder / "run")
 
 
-@in_turn("average, after", [("none", 1), ("ema", 3), ("swa", 7)])
-def test_a_recipe_goes_on_exactly_where_it_stopped(tiny, tmp_path, average, after):
+@in_turn("average, epochs, after", [("none", 4, 1), ("ema", 3, 2), ("swa", 8, 7)])
+def test_a_recipe_goes_on_exactly_where_it_stopped(tiny, tmp_path, average, epochs, after):
     "Before the warm-up ends, and, for the average of the last epochs, within them."
-    settings = RECIPE | {"trainer__num_epochs": 8, "trainer__average": average, "early_stopping__patience": 1}
+    settings = RECIPE | {
+        "trainer__num_epochs": epochs,
+        "trainer__average": average,
+        "early_stopping__patience": 1,
+    }
     whole = run_once(tiny, tmp_path / average / "whole", **settings)
-    assert len(read_metrics(whole)) == 8, "the last epoch is the answer, so every epoch is trained"
+    assert len(read_metrics(whole)) == epochs, "the last epoch is the answer, so every epoch is trained"
     run = stopped(tiny, tmp_path / average, after, **settings)
     resume(run, checkpoint="last")
     assert_equal_runs(whole, run)
@@ -65,10 +69,10 @@ def test_a_recipe_goes_on_exactly_where_it_stopped(tiny, tmp_path, average, afte
         )
 
 
-@in_turn("average", ["ema", "swa"])
-def test_an_epoch_is_judged_by_the_weights_that_its_checkpoint_holds(tiny, tmp_path, average):
-    run = run_once(tiny, tmp_path / average, trainer__num_epochs=4, trainer__average=average)
-    plain = run_once(tiny, tmp_path / average, "plain", trainer__num_epochs=4)
+@in_turn("average, epochs", [("ema", 3), ("swa", 8)])
+def test_an_epoch_is_judged_by_the_weights_that_its_checkpoint_holds(tiny, tmp_path, average, epochs):
+    run = run_once(tiny, tmp_path / average, trainer__num_epochs=epochs, trainer__average=average)
+    plain = run_once(tiny, tmp_path / average, "plain", trainer__num_epochs=epochs)
     assert read_metrics(run).train_loss.equals(read_metrics(plain).train_loss), "averaging changes no step"
     data, table = open_data(load_config(run.config_file).config), read_metrics(run).set_index("epoch")
     for name in ("best.ckpt", "last.chkpt"):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SplitOnTer', 'Structures', 'Processes', 'dockq_command', 'label_command', 'recipe_options', 'build_command',
-           'score_command']
+           'score_command', 'families_command']
 
 # %% ../nbs/98c_build_commands.ipynb #98c-003
 import sys
@@ -16,7 +16,7 @@ import typer
 
 from .answer_commands import Device, ModelOption, Overwrite, RunRoot, TargetRegex, named_models
 from .entry import RUN_ROOT, DryRun, app, job_count
-from .ground.core import to_json
+from .ground.core import ConfigError, to_json
 from .ground.machine import fast_import
 
 # %% ../nbs/98c_build_commands.ipynb #98c-006
@@ -196,4 +196,39 @@ def score_command(
     else:
         graphs = f"{len(report.table)} structures of {report.table.target.nunique()} targets: {out}"
         print("\n".join([graphs, *lines]))
+    return 1 if report.failures else 0
+
+# %% ../nbs/98c_build_commands.ipynb #98c-401
+@app.command("families")
+def families_command(
+    structures: Annotated[
+        list[Path], typer.Argument(metavar="[STRUCTURES]...", help="Structures, or folders of them.")
+    ] = [],  # noqa: B006
+    graph_dir: Annotated[
+        Path | None, typer.Option(help="Graphs of topoqa build, in place of structures.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("families.csv"),
+    target_regex: Annotated[
+        str | None, typer.Option(help="Finds the target in the name of a structure in no folder.")
+    ] = None,
+    identity: Annotated[
+        float, typer.Option(help="Least part of the aligned columns that is identical.")
+    ] = 0.3,
+    coverage: Annotated[float, typer.Option(help="Least part of the longer chain that is aligned.")] = 0.5,
+    split_on_ter: SplitOnTer = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> int:
+    "Which targets are relatives, by the sequences of their chains. Exit code 1 if a structure cannot be read."
+    from topoqa_nb.build.families import check_free_file, find_families, structures_of_build, write_families
+    from topoqa_nb.build.inputs import find_structures
+
+    if (graph_dir is None) == (not structures):
+        found = "neither" if graph_dir is None else "both"
+        raise ConfigError("structures, --graph-dir", "one of them", found, "name structures, or a build")
+    check_free_file(out, overwrite)
+    known = find_structures(structures) if structures else structures_of_build(graph_dir)
+    how = {"identity": identity, "coverage": coverage, "split_on_ter": split_on_ter}
+    report = find_families(known, target_regex=target_regex, **how)
+    write_families(out, report.families, overwrite)
+    print(report.text(), f"families: {out}", sep="\n")
     return 1 if report.failures else 0

@@ -289,14 +289,17 @@ def leaderboard_command(
 ) -> None:
     "Rank runs, or settings over their seeds, by their best score, as far as they may be compared."
     from topoqa_nb.runs import leaderboard as board
-    from topoqa_nb.runs.noise import with_verdicts
 
     rows_of_group = None if by_config else limit
     chosen = (board.leaderboard(root, rows_of_group, metric), None) if everything else None
     rows, left_out = chosen or board.comparable(root, rows_of_group, metric)
     lines = [left_out] if left_out else []
     if by_config:
-        marked, floors = with_verdicts(board.by_config(rows))
+        from topoqa_nb.answers.settings import settings_told_apart
+
+        marked, floors = settings_told_apart(board.by_config(rows), root, limit)
+        kept = sum(map(board.kept_parent, rows))
+        floors += [f"{kept} fine-tunes that kept their parent are not counted"] * bool(kept)
         rows, lines = board.ranked_rows(marked, limit), [*floors * (format == "table"), *lines]
     board.print_rows(rows, format)
     print(*lines, sep="\n", end="\n" * bool(lines), file=sys.stdout if format == "table" else sys.stderr)
@@ -335,10 +338,10 @@ def archive_command(
 
 # %% ../nbs/99_cli.ipynb #99-126
 ORDER = (
-    *("build", "label", "dockq"),
+    *("build", "label", "dockq", "families"),
     *("run", "resume", "batch", "pipeline", "fine-tune", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
-    *("score", "predict", "evaluate", "compare", "split", "cross-validate", "report", "export"),
+    *("score", "predict", "evaluate", "compare", "split", "cross-validate", "search", "report", "export"),
     *("validate", "cache", "env", "config", "demo-data"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))

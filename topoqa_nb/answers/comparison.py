@@ -190,22 +190,27 @@ def compare(
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-018
 Ends = tuple[float, float] | None  # of an interval; None: not known
 
-
+# %% ../../nbs/5_answers/52_comparison.ipynb #52-101
 def plot_intervals(
     models: Mapping[str, Mapping[str, tuple[float, Ends]]],  # name -> title of an axis -> value, interval
 ) -> Figure:
     "A row for each model, an axis for each measure."
     titles = dict.fromkeys(title for measured in models.values() for title in measured)
-    figure, axes = new_figure(len(titles), size=(2.4 * len(titles) + 1.2, 1.3 + 0.3 * len(models)))
-    for axis, title in zip(axes, titles, strict=True):
+    rows = 1 if len(titles) < 3 else 2
+    columns = -(-len(titles) // rows)
+    size = (2.8 * columns + 1.2, rows * (1.1 + 0.25 * len(models)))
+    figure, axes = new_figure(len(titles), size, rows)
+    for number, (axis, title) in enumerate(zip(axes, titles, strict=True)):
         for row, measured in enumerate(models.values()):
             value, ends = measured.get(title, (math.nan, None))
             look = {"color": COLOURS[row % len(COLOURS)], "marker": MARKERS[row % len(MARKERS)]}
             axis.plot(value, row, markersize=6, **look)
             axis.plot(ends or (), [row] * len(ends or ()), color=look["color"], linewidth=1.5)
-        axis.set(yticks=[], ylim=(len(models) - 0.5, -0.5))
+        names = [as_label(name) for name in models] if number % columns == 0 else []
+        axis.set(ylim=(len(models) - 0.5, -0.5))
+        axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_title(title, fontsize=9)
-    axes[0].set_yticks(range(len(models)), [as_label(name) for name in models], fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
     return figure
 
 # %% ../../nbs/5_answers/52_comparison.ipynb #52-100

@@ -54,6 +54,7 @@ class Difference(_Part):
     value: float
     interval: tuple[float | None, float | None]
     better_in: float | None  # share of the resamples in which the candidate is better
+    sd: float | None = None  # over resamples
     verdict: Literal["better", "worse", "not told apart"]
 
 
@@ -66,6 +67,7 @@ class AnswerCandidate(_Part):
     primary_metric: str
     score: float  # of the primary metric, on all validation decoys
     interval: tuple[float, float] | None = None  # of the score
+    sd: float | None = None  # of the score, over resamples
     val_loss: float | None = None
     val_spearman: float | None = None
     measures: dict[str, Measured] = {}  # the headline measures
@@ -108,6 +110,7 @@ class PipelineSummary(_Part):
     run_root: Path
     final: FinalAnswer
     candidates: tuple[AnswerCandidate, ...] = ()
+    runs: tuple[AnswerCandidate, ...] = ()  # every run alone, the best one first
     left_out: tuple[str, ...] = ()  # ensembles that were none, and why
     judged_on: JudgedOn | None = None  # the candidates
     completed: str | None = None

@@ -16,7 +16,7 @@ from typing import Annotated, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .recipe import Recipe, recipe_differences
-from ..ground.core import ConfigError, write_text
+from ..ground.core import ConfigError, check_file, write_text
 
 # %% ../../nbs/9_build/97b_journal.ipynb #97b-006
 class _Line(BaseModel):
@@ -145,6 +145,7 @@ def journal_of(
     recipe: Recipe,
 ) -> Iterator[Journal]:  # to be added to
     "Open a journal to go on. Raises `ConfigError` when it belongs to another recipe."
+    check_file(path, "the journal of a build", ConfigError)
     journal = Journal(path)
     check_recipe(journal, recipe)
     if journal.recipe is None:

@@ -21,11 +21,11 @@ from types import ModuleType
 import numpy as np
 from scipy.spatial import cKDTree
 
-from ..ground.core import ConfigError, DataError, did_you_mean
+from ..ground.core import ConfigError, DataError, check_file, did_you_mean
 
 # %% ../../nbs/9_build/90_structures.ipynb #90-005
 def needed(
-    package: str,  # gemmi or numba
+    package: str,  # gemmi, numba or parasail
 ) -> ModuleType:
     "Import a package of the extra `build`. Raises `ConfigError` when it is not installed."
     try:
@@ -111,18 +111,6 @@ _NOT_A_COORDINATE = re.compile(
 )
 
 
-def _content(path: Path) -> bytes:
-    "The bytes of a file, decompressed."
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise StructureError(path, "a readable file", reason, "check the path and its permissions") from None
-    except (EOFError, zlib.error) as problem:
-        raise StructureError(path, "a whole gzip file", str(problem), "copy or download it again") from None
-
-
 def _check_columns(path: Path, content: bytes) -> None:
     "Refuse atoms whose coordinates are not numbers."
     if found := _NOT_A_COORDINATE.search(content):
@@ -130,6 +118,27 @@ def _check_columns(path: Path, content: bytes) -> None:
         text = found[0][30:54].decode("ascii", "replace").strip() or "nothing"
         what = "coordinates in columns 31 to 54"
         raise StructureError(path, f"{what} of line {line}", text, "repair or leave out this structure")
+
+# %% ../../nbs/9_build/90_structures.ipynb #90-111
+_LARGEST = 2**30  # bytes of a structure; the largest that are known have a quarter of it
+
+
+def _content(path: Path, largest: int = _LARGEST) -> bytes:
+    "The bytes of a file, decompressed."
+    check_file(path, "a structure", StructureError)
+    try:
+        with path.open("rb") as file:
+            is_packed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            content = (gzip.GzipFile(fileobj=file) if is_packed else file).read(largest + 1)
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise StructureError(path, "a readable file", reason, "check the path and its permissions") from None
+    except (EOFError, zlib.error) as problem:
+        raise StructureError(path, "a whole gzip file", str(problem), "copy or download it again") from None
+    if len(content) > largest:
+        raise StructureError(path, f"at most {largest:,} bytes", "more, unpacked", "leave out this file")
+    return content
 
 # %% ../../nbs/9_build/90_structures.ipynb #90-015
 _LAST_COLUMN = 76  # of a PDB line that is read
@@ -173,9 +182,15 @@ def _atoms(path: Path, split_on_ter: bool) -> dict[str, np.ndarray]:
     if not len(parsed) or not parsed[0].count_atom_sites():
         raise StructureError(path, "atoms", "none", "see that the file is a whole PDB or mmCIF file")
     del parsed[1:]
-    if split_on_ter:
-        _rename_parts(parsed[0])
-    chain_names = _numbered(parsed[0])
+    try:
+        if split_on_ter:
+            _rename_parts(parsed[0])
+        chain_names = _numbered(parsed[0])
+    except UnicodeDecodeError as problem:
+        found = f"the byte {problem.object[problem.start]:#x}"
+        raise StructureError(
+            path, "names of chains in UTF-8", found, "repair or leave out this structure"
+        ) from None
     flat = needed("gemmi").FlatStructure(parsed)
     names = {"chain": flat.chain_ids, "residue_name": flat.residue_names, "atom_name": flat.atom_names}
     text = {

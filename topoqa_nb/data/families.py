@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..ground.core import DataError
+from ..ground.core import DataError, check_file
 
 # %% ../../nbs/1_data/16a_families.ipynb #16a-006
 def read_families(
@@ -19,6 +19,7 @@ def read_families(
 ) -> dict[str, str]:  # target -> family
     "Which family a target belongs to. Raises `DataError`."
     try:
+        check_file(path, "a CSV file", DataError)
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     except OSError as problem:
         raise DataError(path, "a CSV file", problem.strerror or str(problem), "check the path") from None

@@ -22,11 +22,13 @@ DPI = 90  # of a figure in a report
 def new_figure(
     panels: int = 1,  # side by side
     size: tuple[float, float] = (7.0, 3.2),  # width and height (inches)
+    rows: int = 1,  # that the panels are laid out in, > 0
 ) -> tuple[Figure, list[Axes]]:
     "White, small, without the frame's upper and right edge."
     figure = plt.figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     plt.close(figure)  # else a notebook shows it twice, and pyplot keeps it for ever
-    axes = [figure.add_subplot(1, panels, panel + 1) for panel in range(panels)]
+    columns = -(-panels // rows)
+    axes = [figure.add_subplot(rows, columns, panel + 1) for panel in range(panels)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

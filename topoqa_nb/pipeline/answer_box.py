@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from ..answers.comparison import Comparison, baseline_frames, compare, plot_comparison
+from ..answers.draw import split_table
 from ..answers.evaluation import Evaluation, evaluate, left_out
 from ..answers.evaluation_report import HEADLINE, with_interval
 from ..answers.measures import measure_title
 from ..data.batches import Split
 from ..ground.core import ConfigError, DataError
 from ..ground.html_page import figure_html, folded, table_html
-from .candidates import split_table
 from ..training.module import predict_split
 
 # %% ../../nbs/7_pipeline/73c_answer_box.ipynb #73c-006

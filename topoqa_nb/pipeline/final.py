@@ -7,10 +7,12 @@ __all__ = ['lineage_of', 'choose_final', 'mean_scores', 'evaluate_on_test', 'fin
 
 # %% ../../nbs/7_pipeline/72a_final.ipynb #72a-003
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from ..answers.draw import Yardstick
 from ..answers.models import SUMMARY, PipelineSummary
 from ..data.batches import Split, load_split
 from ..data.dataset import RunData, open_data
@@ -21,7 +23,7 @@ from ..data.store import open_store
 from ..ground.config import load_config
 from ..ground.core import RunError, TopoqaError, now, read_json, write_json
 from ..network.metrics import regression_metrics
-from .candidates import Chosen, Yardstick, choose, ensemble_runs
+from .candidates import Chosen, choose, ensemble_runs, judge_candidates
 from .plan import STAGES, Pipeline, seen_before, stage_overrides
 from .stage_record import best_run, kept_parent_text, stage_runs
 from .stages import fine_tune_config, needed
@@ -69,30 +71,33 @@ def choose_final(
     predict: Callable = predict_split,  # (checkpoint, split, schema) -> scores
 ) -> Chosen:
     "The answer and its candidates. Raises `CheckpointError` when the best run cannot be read."
-    asked, config = pipeline.parameters, fine_tune_config(pipeline)
-    best, data = best_run(stage_runs(*stages.values())), open_data(config)
-    means = {} if asked.ensemble == "off" else ensemble_runs(stages)
+    asked, config, runs = pipeline.parameters, fine_tune_config(pipeline), stage_runs(*stages.values())
+    best, data = best_run(runs), open_data(config)
     first = best["checkpoint"]
     scores = {first: predict(pipeline.run_root / first, data.val, schema=data.schema)}
-    for name, runs in means.items():
-        means[name] = _readable(pipeline, runs, scores, data, predict)
+    known = _readable(pipeline, runs, scores, data, predict)
+    means = {} if asked.ensemble == "off" else ensemble_runs(stages)
+    means = {name: [run for run in some if run["checkpoint"] in scores] for name, some in means.items()}
     families = read_families(asked.families) if asked.families else None
-    return choose(best, means, scores, Yardstick(data.val, config.selection, families), asked.ensemble)
+    yardstick = Yardstick(data.val, config.selection, families)
+    alone = judge_candidates({run["run_name"]: [run] for run in (best, *known)}, scores, yardstick)
+    return replace(choose(best, means, scores, yardstick, asked.ensemble), alone=alone)
 
 
 def _readable(
     pipeline: Pipeline, runs: Sequence[Mapping], scores: dict, data: RunData, predict: Callable
 ) -> list[Mapping]:
-    "The runs whose scores could be had; they are added to `scores`."
+    "The completed runs whose scores could be had; they are added to `scores`."
     found = []
     for run in runs:
         name = run["checkpoint"]
         try:
-            if name not in scores:
-                scores[name] = predict(pipeline.run_root / name, data.val, schema=data.schema)
-            found.append(run)
+            if run["status"] == "completed" and run["score"] is not None and name:
+                if name not in scores:
+                    scores[name] = predict(pipeline.run_root / name, data.val, schema=data.schema)
+                found.append(run)
         except TopoqaError as problem:
-            print(f"no part of a mean: {problem}")
+            print(f"left out of the choice: {problem}")
     return found
 
 # %% ../../nbs/7_pipeline/72a_final.ipynb #72a-100
@@ -152,6 +157,7 @@ def finish(
         lineage=lineage_of(chosen.runs, stages),
         final=chosen.final,
         candidates=chosen.candidates,
+        runs=chosen.alone,
         left_out=chosen.left_out,
         judged_on=chosen.judged_on,
         kept_parent=kept_parent_text(stage_runs(*list(stages.values())[1:])),

@@ -7,13 +7,15 @@ __all__ = ['stages_table', 'pipeline_page']
 
 # %% ../../nbs/7_pipeline/77_pipeline_report.ipynb #77-003
 from collections.abc import Mapping, Sequence
+from html import escape
 
 import pandas as pd
 
-from ..ground.core import to_json
+from ..ground.core import RunError, to_json
 from ..ground.html_page import figure_html, folded, html_page, table_html, text_html
 from .answer_box import judged_sections
 from .figures import plot_candidates, plot_learning_curves, plot_phases, read_curves
+from .noise import noise_facts, noise_lines, own_scores, runs_apart, seed_floor
 from topoqa_nb.pipeline.reports import (
     candidates_table,
     evaluation_table,
@@ -23,6 +25,7 @@ from topoqa_nb.pipeline.reports import (
     show,
 )
 from .standing import Standing, pipeline_judged
+from ..runs.noise import plot_noise
 from ..runs.record import RunDirectory
 
 # %% ../../nbs/7_pipeline/77_pipeline_report.ipynb #77-006
@@ -71,6 +74,21 @@ def _fine_tunes(runs: Sequence[Mapping]) -> str:
     ended = [run for run in runs if run["improved_on_parent"] is not None and run["parent_score"] is not None]
     return _words(phases_table(ended)) + figure_html(plot_phases(ended)) if ended else ""
 
+# %% ../../nbs/7_pipeline/77_pipeline_report.ipynb #77-101
+def _noise(found: Standing) -> str:
+    "What seeds, the draw of the targets, and the choice of the best do to the order of the runs."
+    try:
+        scores = own_scores(found.runs, found.run_root)
+    except RunError as problem:  # a run that is written at this moment, or damaged
+        return f"<p>{escape(str(problem))}</p>"
+    if scores.empty:
+        return ""
+    alone, on = (found.summary.runs, found.summary.judged_on) if found.summary else ((), None)
+    said = "".join(f"<p>{escape(line)}</p>" for line in noise_lines(alone, scores, on))
+    table = _words(runs_apart(alone, seed_floor(scores))) if alone else ""
+    facts = folded("the noise in numbers", table_html(noise_facts(alone, scores)))
+    return said + table + figure_html(plot_noise(scores)) + facts
+
 # %% ../../nbs/7_pipeline/77_pipeline_report.ipynb #77-008
 def pipeline_page(
     found: Standing,
@@ -80,6 +98,7 @@ def pipeline_page(
     sections = {"Stages": table_html(stages_table(found)), "Runs": _runs_section(found)}
     sections["Fine-tunes against their parents"] = _fine_tunes(found.runs)
     sections["Candidates"] = _candidates(found)
+    sections["How sure is the order of the runs?"] = _noise(found)
     sections |= judged_sections(judged) if judged else {}
     if found.summary:
         summary = found.summary.model_dump()

@@ -224,4 +224,4 @@ def kept_parent_text(
     if not kept:
         return None
     text = f"{kept} of {len(runs)} fine-tunes kept their parent: no epoch was better"
-    return text + ("; their best checkpoints are one model, not an ensemble" if kept > 1 else "")
+    return text + ("; copies of one model are not an ensemble, and count once in a mean" if kept > 1 else "")

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..data.dataset import open_data
 from ..ground.config import config_differences, load_config
 from ..ground.core import RunError, TrainingError, write_json
-from ..ground.settings import Config
+from ..ground.settings import Config, ModelConfig
 from topoqa_nb.pipeline.plan import (
     Pipeline,
     base_name,
@@ -232,13 +232,7 @@ def needed(
     )
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-032
-SHAPES = (
-    "pooling_type",
-    "attention_head",
-    "hidden_dim",
-    "num_layers",
-    "edge_encoder",
-)  # of the section model
+SHAPES = [name for name in ModelConfig.model_fields if name != "dropout"]  # of the section model
 
 
 def parent_shapes(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['best_file', 'check_damage', 'summarise', 'settings_fingerprint', 'leaderboard_row', 'ranked_rows', 'leaderboard',
-           'comparable', 'by_config', 'print_rows']
+           'comparable', 'by_config', 'kept_parent', 'print_rows']
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-003
 import csv
@@ -230,9 +230,16 @@ def by_config(
     "Mean and sample standard deviation over seeds, for runs of equal settings."
     groups: dict[tuple, dict] = {}
     for row in sorted((row for row in rows if row["rank"] is not None), key=lambda row: row["rank"]):
-        if row["status"] == "completed":
+        if row["status"] == "completed" and not kept_parent(row):
             groups.setdefault((row["group"], row["settings"]), {}).setdefault(row["seed"], row)
     return ranked_rows([_config_row(list(group.values())) for group in groups.values()], limit)
+
+# %% ../../nbs/3_runs/35_leaderboard.ipynb #35-100
+def kept_parent(
+    row: Mapping[str, object],  # from `leaderboard`
+) -> bool:
+    "Whether a fine-tune holds the weights that it started from."
+    return row["epoch"] is not None and row["epoch"] < 0
 
 
 def _config_row(rows: Sequence[Mapping[str, object]]) -> dict[str, object]:
@@ -288,7 +295,7 @@ def _config_cells(
     "What the leaderboard shows of a group of seeds."
     names = {"rank": "rank", "config": "config", "score": "mean", "sd": "sd", "val_loss": "val_loss"}
     last = {"val_spearman": "val_spearman", "seeds": "seeds", "run_name": "best run"}
-    told = {"verdict": row["verdict"]} if "verdict" in row else {}
+    told = {name: row[name] for name in ("by_seed", "by_targets", "verdict") if name in row}
     return {shown: row[name] for name, shown in (names | last).items()} | told
 
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-043

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
-from ..ground.figure_style import COLOURS, as_label, new_figure
+from ..ground.figure_style import COLOURS, as_label, legend_below, new_figure
 from .leaderboard import settings_fingerprint
 from .record import RunDirectory, read_record
 from .runs import read_metrics
@@ -47,7 +48,7 @@ class NoiseFloor:
             return "noise floor: unknown, no two runs differ in their seed alone"
         return (
             f"noise floor: scores vary by {self.sd:.5f} (sd) by seed alone; two single runs that differ by less than "
-            f"{self.between():.5f} are not told apart (from {self.freedom} repetitions)"
+            f"{self.between():.5f} are not told apart (from {self.freedom} repetition{'s' * (self.freedom > 1)})"
         )
 
 
@@ -133,7 +134,7 @@ def noise_table(
     rows |= optimism(scores)
     return pd.DataFrame({"what": list(rows), "value": list(rows.values())})
 
-
+# %% ../../nbs/3_runs/35a_noise.ipynb #35a-100
 def plot_noise(
     scores: pd.DataFrame,  # from `run_scores`, of one metric
 ) -> Figure:
@@ -141,22 +142,25 @@ def plot_noise(
     metric, groups = scores.metric.iloc[0], dict(list(scores.groupby("settings", sort=False)))
     order = sorted(groups, key=lambda name: as_loss(groups[name].best.mean(), metric))
     floor = noise_floor(group.best for group in groups.values())
-    figure, (axis,) = new_figure(size=(7.0, 1.4 + 0.4 * len(order)))
+    figure, (axis,) = new_figure(size=(7.0, 1.5 + 0.5 * len(order)))
     limit, best = floor.between(len(groups[order[0]]), 1), groups[order[0]].best.mean()
     if limit is not None:
-        axis.axvspan(
-            best - limit, best + limit, color=COLOURS[5], alpha=0.25, linewidth=0, label="not told apart"
-        )
+        look = {"color": COLOURS[5], "alpha": 0.25, "linewidth": 0, "label": "not told apart by seed"}
+        axis.axvspan(best - limit, best + limit, **look)
     for row, name in enumerate(order):
-        group, labels = (
-            groups[name],
-            ("best epoch", f"mean of last {LAST_EPOCHS}") if row == 0 else (None, None),
-        )
-        axis.scatter(group.best, [row] * len(group), color=COLOURS[0], label=labels[0], zorder=3)
-        axis.scatter(
-            group["last"], [row] * len(group), color="white", edgecolor=COLOURS[1], label=labels[1], zorder=2
-        )
-    axis.set_yticks(range(len(order)), [as_label(groups[name].run_name.iloc[0]) for name in order])
-    axis.set(xlabel=f"{metric} ({direction(metric)})", ylim=(len(order) - 0.5, -0.5))
-    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        _draw_setting(axis, row, groups[name])
+    axis.set(xlabel=f"{metric} ({direction(metric)})", yticks=[], ylim=(len(order) - 0.5, -0.7))
+    axis.locator_params(axis="x", nbins=7)
+    legend_below(figure, axis, columns=3)
     return figure
+
+
+def _draw_setting(axis: Axes, row: int, group: pd.DataFrame) -> None:
+    "The runs of a setting on a line, with the name of the first above it."
+    first, last = ("best epoch", f"mean of last {LAST_EPOCHS}") if row == 0 else (None, None)
+    axis.scatter(group.best, [row] * len(group), color=COLOURS[0], label=first, zorder=3)
+    look = {"color": "white", "edgecolor": COLOURS[1], "zorder": 2}
+    axis.scatter(group["last"], [row] * len(group), label=last, **look)
+    more = f" and {len(group) - 1} of other seeds" if len(group) > 1 else ""
+    place = {"transform": axis.get_yaxis_transform(), "fontsize": 8, "va": "bottom", "color": "0.25"}
+    axis.text(0.01, row - 0.22, as_label(group.run_name.iloc[0]) + more, **place)

@@ -273,9 +273,19 @@ def original_best(
     return {BEST[name]: value for name, value in facts.items()}
 
 # %% ../../nbs/3_runs/31_original.ipynb #31-043
-def _told_by_command(command: str | Sequence[object]) -> dict[str, object]:
+def _words(command: object) -> list[str]:
+    "A command line as words, however it was noted."
+    if isinstance(command, str):
+        try:
+            return shlex.split(command)
+        except ValueError:  # a quotation without an end
+            return command.split()
+    return [str(word) for word in command] if isinstance(command, list) else []
+
+
+def _told_by_command(command: object) -> dict[str, object]:
     "The sections that only the command line of the training knows: the commit, and where the run started."
-    words = shlex.split(command) if isinstance(command, str) else [str(word) for word in command]
+    words = _words(command)
     parent = _after(words, "--resume-from")
     return {
         "command": shlex.join(words),
@@ -305,7 +315,7 @@ def adopted_metadata(
         **{key: found.get(key) for key in ("created", "completed", "source_config", "notes", "trial_label")},
         "reason": None if ended else "the original stack noted no end of this run",
         "overrides": found.get("overrides") or {},
-        **_told_by_command(found.get("command") or []),
+        **_told_by_command(found.get("command")),
         "data": {"graph_dir": _value(settings, "paths.graph")},
         "training_parameters": settings,
         "runtime": {"seconds": seconds, "epoch_seconds": _value(found, "runtime.epoch_seconds") or []},

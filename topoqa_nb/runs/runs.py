@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRIC_COLUMNS', 'check_run_name', 'default_run_name', 'create_run', 'read_metrics', 'best_epoch', 'best_row',
-           'best_scores', 'judged_by', 'update_best', 'with_row', 'invent_epoch', 'list_runs', 'find_run', 'archive']
+           'best_scores', 'judged_by', 'update_best', 'with_row', 'invent_epoch', 'list_runs', 'find_run', 'archive',
+           'tidy']
 
 # %% ../../nbs/3_runs/33_runs.ipynb #33-003
 import math
@@ -28,6 +29,7 @@ from topoqa_nb.ground.core import (
     nearest,
     plain,
     read_json,
+    remove_temporaries,
     replace_link,
     write_json,
     write_text,
@@ -382,3 +384,15 @@ def archive(
         write_json(root / _ARCHIVING, {"runs": [path.name for path in paths], "latest": points_to})
         _finish_archiving(root)
     return [RunDirectory(root / "history" / path.name) for path in asked]
+
+# %% ../../nbs/3_runs/33_runs.ipynb #33-211
+def tidy(
+    run: RunDirectory,  # whose process may be gone
+) -> None:
+    "Remove the temporary files that a kill left in a run."
+    if run.path.is_dir():
+        with (
+            suppress(RunError, OSError),
+            held(run.path),
+        ):  # another process writes to it, or it is not ours to do
+            remove_temporaries(run.path)

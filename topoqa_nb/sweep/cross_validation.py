@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEAST_FOLDS', 'OF_A_FOLD', 'CROSS_VALIDATION_FILES', 'fold_labels', 'manifest_of', 'without_fold_keys', 'with_folds',
-           'scored_fold', 'out_of_fold', 'CrossValidation', 'plan_cross_validation', 'finish_cross_validation',
-           'cross_validate']
+           'scored_fold', 'out_of_fold', 'CrossValidation', 'plan_cross_validation', 'write_folds',
+           'finish_cross_validation', 'cross_validate']
 
 # %% ../../nbs/6_sweep/65_cross_validation.ipynb #65-003
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -160,16 +160,18 @@ def plan_cross_validation(
         for name, paths in data.items()
     }
     with answer_folder(out, CROSS_VALIDATION_FILES, overwrite) as temporary:
-        files = {name: _write_folds(parts, temporary / name, out / name) for name, parts in labels.items()}
+        files = {name: write_folds(parts, temporary / name, out / name) for name, parts in labels.items()}
     options["overrides"] = without_fold_keys(options.get("overrides", ()))
     planned = plan_jobs(with_folds(manifest, files, data), **options)
     tests = {name: [fold["test"] for fold in parts] for name, parts in files.items()}
     return CrossValidation(manifest, out, planned, tests, data)
 
 # %% ../../nbs/6_sweep/65_cross_validation.ipynb #65-017
-def _write_folds(
-    labels: Sequence[Mapping[str, pd.DataFrame]], folder: Path, final: Path
-) -> list[dict[str, Path]]:
+def write_folds(
+    labels: Sequence[Mapping[str, pd.DataFrame]],  # from `fold_labels`
+    folder: Path,  # where they are written
+    final: Path,  # where they will be
+) -> list[dict[str, Path]]:  # train, val, test -> file, for each fold
     "A label file for each part of each fold; where they will be."
     names = [{part: f"fold{number + 1}_{part}.csv" for part in fold} for number, fold in enumerate(labels)]
     for fold, files in zip(labels, names, strict=True):

@@ -25,6 +25,7 @@ from rich.table import Table
 from ..ground.core import RunError, now, plain
 from ..ground.machine import PARALLEL_VARIABLE, available_cores, thread_count, thread_limits
 from ..runs.record import ENDED, RunDirectory, RunRecord, read_record, update_metadata
+from ..runs.runs import tidy
 from ..runs.selection import BEST
 from .manifest import Job, training_command
 from .processes import Forked, ForkServer
@@ -262,6 +263,7 @@ def ended_result(
 ) -> JobResult:
     "The result of a process that is gone."
     child.kill()  # loader processes that a crash left behind
+    tidy(child.job.run)
     seconds = time.monotonic() - child.started
     missing = ("interrupted", "stopped with the sweep") if stopped else ("failed", _failure_reason(child))
     return result_of(

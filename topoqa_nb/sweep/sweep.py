@@ -23,7 +23,7 @@ from ..ground.core import ConfigError, TopoqaError, scratch_folder, sha256_file
 from ..ground.settings import Config, MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
 from ..runs.record import RunDirectory, RunRecord, complete_settings
-from ..runs.runs import check_run_name, list_runs
+from ..runs.runs import check_run_name, list_runs, tidy
 from topoqa_nb.sweep.jobs import (
     POLL_SECONDS,
     Child,
@@ -66,8 +66,10 @@ def earlier_runs(
 
 
 def _is_named_after(run: RunDirectory, job: Job) -> bool:
-    stamped = re.fullmatch(re.escape(job.name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", run.name)
-    return run.name == job.run_name or stamped is not None
+    stamp = r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"  # a counter follows where a name was taken
+    return run.name == job.run_name or bool(
+        re.fullmatch(rf"{re.escape(job.name)}({stamp})?(_\d+)?", run.name)
+    )
 
 
 def _settings(parameters: Mapping) -> dict:
@@ -129,10 +131,11 @@ def in_training(
 
 
 def _living_run(job: Job) -> str | None:
-    "Which run and which process."
+    "Which run and which process; what a dead one was just writing is removed."
     for run, record in earlier_runs(job, "running"):
         if record.process == "alive":
             return f"{run.name} trains the same, process {record.environment['process']['pid']}"
+        tidy(run)
     return None
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-016

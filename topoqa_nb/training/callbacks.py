@@ -9,6 +9,7 @@ __all__ = ['QUIET_LOGGERS', 'TerminalHandler', 'run_logs', 'progress_marks', 'ep
            'store_checkpoint', 'RankedCheckpoints', 'MetadataWriter']
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-003
+import filecmp
 import io
 import logging
 import math
@@ -238,6 +239,9 @@ def has_stopped(
     return any(state["wait_count"] >= max(1, patience) for state in states)
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-030
+_FREE_SPACE = "free some space, or choose another paths.save_dir; the checkpoints before it are untouched"
+
+
 def check_written(
     file: Path,  # what was written
     place: Path,  # where it belongs, for the message
@@ -246,8 +250,8 @@ def check_written(
     try:
         read_checkpoint(file)
     except CheckpointError as problem:
-        fix = "free some space, or choose another paths.save_dir; the checkpoints before it are untouched"
-        raise CheckpointError(place, "a checkpoint that can be read back", problem.found, fix) from None
+        expected = "a checkpoint that can be read back"
+        raise CheckpointError(place, expected, problem.found, _FREE_SPACE) from None
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-032
 class LocalCheckpoints(CheckpointIO):
@@ -287,7 +291,8 @@ def copy_checkpoint(
     "Copy a checkpoint whole or not at all."
     with atomic_path(place) as temporary:
         shutil.copyfile(source, temporary)
-        check_written(temporary, place)
+        if not filecmp.cmp(source, temporary, shallow=False):
+            raise CheckpointError(place, "the bytes of its source", "others", _FREE_SPACE)
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-038
 @dataclass(frozen=True)

@@ -105,10 +105,11 @@ def batches_together(
 def make_optimizer(
     parameters: Iterable[torch.nn.Parameter],  # that it changes
     config: OptimizerConfig,  # type, learning rate, weight decay
+    fused: bool = False,  # a step in one loop over all numbers, which Lightning cannot clip below 32 bit
 ) -> torch.optim.Optimizer:
     "The optimizer of a configuration."
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.type]
-    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    return kind(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
 
 
 def make_scheduler(
@@ -228,7 +229,8 @@ class ResumableModule(BatchMover):
         self.restored: Mapping | None = None  # the checkpoint that a resumed run continues
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = make_optimizer(self.parameters(), self.config.optimizer)
+        fused = self.device.type == "cpu" and self.config.trainer.precision in (32, 64)
+        optimizer = make_optimizer(self.parameters(), self.config.optimizer, fused)
         self.scheduler = make_scheduler(optimizer, self.config.scheduler, self.trainer.max_epochs)
         if self.restored and self.scheduler:
             self.scheduler.load_state_dict(self.restored["scheduler"])
