@@ -29,6 +29,7 @@ LITTLE = {
     "growth": ["--graphs", "40"],
     "store": ["--graphs", "40", "--repeats", "1"],
     "predict": ["--graphs", "40", "--repeats", "1"],
+    "build": ["--count", "4", "--processes", "1"],
     "kernel": ["--graphs", "2", "--rounds", "1", "--nodes", "9", "--edges", "30"],
 }
 SAID = {
@@ -39,9 +40,15 @@ SAID = {
     "growth": "peak memory: anonymous",
     "store": "with sidecar",
     "predict": "graphs a second",
+    "build": "ms a structure",
     "kernel": "reference / kernel",
 }
-NOT_RUN = {"graphs", "measure", "original"}  # what the scripts share
+NOT_RUN = {
+    "graphs",
+    "measure",
+    "original",
+    "build_slowly",
+}  # what the scripts share, and what needs packages that are no dependency
 
 
 @pytest.mark.parametrize("name", LITTLE)

@@ -18,7 +18,7 @@ from kills import killed_at
 
 from topoqa_nb.build.build import build
 from topoqa_nb.build.dockq import dockq, read_native
-from topoqa_nb.build.example import helix_pair, write_example
+from topoqa_nb.build.example import HELIX, assemble, helix_pair, make_chain, write_example
 from topoqa_nb.build.recipe import Recipe, build_graph
 from topoqa_nb.build.structures import pdb_text
 from topoqa_nb.cli import main
@@ -290,6 +290,55 @@ def test_only_what_needs_an_extra_asks_for_it(line: str, code: int, words: str, 
     assert done.returncode == code, done.stderr
     assert words in done.stdout + done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_would_mix_or_cannot_be_meant_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_example("decoys/a.pdb")
+    write_example("twins/a.pdb")
+    write_example("twins/a.ent")
+    write_example("natives/other.pdb")
+    assert main(["build", "decoys", "--out", "done", "--jobs", "1"]) == 0
+    for words, said in {
+        "build decoys --out new --edge legacy_bend": "did you mean legacy_band?",
+        "build decoys --out new --param interface.cutof=12": "did you mean cutoff?",
+        "build decoys --out new --param edges.cutoff=12": "did you mean edge?",
+        "build decoys --out new --param interface.cutoff=-1": "interface.cutoff: expected a number greater than 0",
+        "build twins --out new": "expected one structure called a",
+        "build decoys --out new --native natives": "natives of no model: other",
+        "build decoys --out done --param interface.cutoff=12": "interface.cutoff: 12.0 here, 10.0 there",
+        "build empty --out new": "no such file",
+        "build decoys --out new --jobs 0": "expected a number from 1",
+        "score decoys --model none.ckpt": "none.ckpt: expected a checkpoint",
+        "score twins --model none.ckpt --out s.txt": "expected a file that ends with .csv",
+    }.items():
+        assert main(words.split()) == 2, words
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("topoqa: error: ") and said in error, (words, error)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(("new", "s.txt"))) == []
+
+
+def test_chains_that_cannot_be_mapped_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_example(tmp_path / "decoys" / "T" / "T_0.pdb")
+    chain = make_chain(np.tile(HELIX, (18, 1)))
+    other = assemble({"A": ("G" * 18, chain), "B": ("W" * 18, chain + [0, 8.5, 0])})
+    write_example(tmp_path / "natives" / "T.pdb", other)
+    words = [
+        "build",
+        tmp_path / "decoys",
+        "--out",
+        tmp_path / "out",
+        "--native",
+        tmp_path / "natives",
+        "--jobs",
+        1,
+    ]
+    assert main([str(word) for word in words]) == 1
+    said = capsys.readouterr().out
+    assert "1 without a label: expected a chain with the sequence of each chain of T.pdb" in said
+    assert (tmp_path / "out" / "graph_data" / "T" / "T_0.pt").is_file()
 
 
 def test_a_folder_is_built_by_one_call_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -52,7 +52,8 @@ def recipe_of(
             params = params | {"coordinates": "xyy"}
         parts[stage] = _made(model, stage, ids[stage], params)
     if unknown := [stage for stage in STAGES if ids[stage] is None]:
-        say(f"{model.path}: not in the file: {', '.join(unknown)}; built with the default modules")
+        defect = ", edges with coordinates xyy" * (getattr(parts["edge"], "coordinates", None) == "xyy")
+        say(f"{model.path}: not in the file: {', '.join(unknown)}; built with the default modules{defect}")
     return Recipe(**parts)
 
 # %% ../../nbs/9_build/98e_score.ipynb #98e-007
