@@ -24,9 +24,8 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
-from measure import machine
 
-from topoqa_nb.build.demo_set import write_structures
+from topoqa_nb.build.example import write_example
 from topoqa_nb.build.inputs import find_structures
 from topoqa_nb.build.recipe import Recipe, Watch, build_graph
 
@@ -36,9 +35,9 @@ STEP = 4  # of the structures that are built the slow way, too
 
 def one_by_one(files: list[str]) -> None:
     "Print the time to the first graph, and seconds by stage and in all for each structure."
-    write_structures(Path(files[0]), 1, 2, seed=1)
+    example = write_example(Path(files[0]) / "example.pdb")
     start = time.process_time()
-    build_graph(next((Path(files[0]) / "structures").rglob("*.pdb")), Recipe())
+    build_graph(example, Recipe())
     first, rows = time.process_time() - start, []
     with patch("topoqa_nb.build.recipe.time.perf_counter", time.process_time):
         for name in files[1:]:
@@ -99,6 +98,8 @@ def slow_times(python: str, files: list[Path], scratch: Path) -> list[float]:
 
 def measure(arguments: argparse.Namespace, scratch: Path) -> None:
     "All lines."
+    from topoqa_nb.build.demo_set import write_structures  # with torch
+
     structures = arguments.structures or scratch / "synthetic" / "structures"
     if not arguments.structures:
         write_structures(scratch / "synthetic", 4, max(2, arguments.count // 4), seed=1)
@@ -142,6 +143,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="also without translated kernels")
     parser.add_argument("--slowly", metavar="PYTHON", help="of an environment with gudhi and biopython")
     arguments = parser.parse_args()
+    from measure import machine  # imports torch, which the processes that are measured do without
+
     print(f"(g) graphs of structures: {machine()}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         measure(arguments, Path(scratch).resolve())
