@@ -162,6 +162,7 @@ def test_seeds_of_an_earlier_version_and_of_this_one_are_one_configuration(tiny,
     write_json(run.metadata_file, {**metadata, "training_parameters": parameters})
     (row,) = by_config(leaderboard(tmp_path))
     assert row["seeds"] == [1, 2]
+    assert main(["leaderboard", "--by-config", "--run-root", str(tmp_path)]) == 0
 
 
 def test_a_refit_is_marked_wherever_it_goes(tiny, tmp_path, capsys):

@@ -306,7 +306,7 @@ def _config_cells(
 # %% ../../nbs/3_runs/35_leaderboard.ipynb #35-043
 # what a narrow terminal shows of runs, and of settings: the most needed first
 _NEEDED = (
-    "rank", "run", "config", "score", "mean", "status", "verdict", "left", "reason", "sd", "best run", "seeds", "val_loss",
+    "rank", "run", "config", "score", "mean", "status", "verdict", "left", "reason", "sd", "by_seed", "by_targets", "best run", "seeds", "val_loss",
     "val_spearman", "epoch", "epochs", "mode", *_REPORTED,
 )  # fmt: skip
 _WORDS = ("config", "seeds", "status", "verdict", "left", "reason")
