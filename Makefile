@@ -55,6 +55,7 @@ bench: $(STAMP) ## the timed comparisons of benchmarks/; DATA=folder adds its gr
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/predict.py $(if $(DATA),--data "$(DATA)/graphs")
+	$(BIN)/python benchmarks/answer.py $(if $(DATA),--data "$(DATA)")
 
 # JupyterLab enters its kernel's name and version in every page it opens, and saves that; what is saved is cleaned first.
 lab: $(STAMP) ## open the pages in JupyterLab

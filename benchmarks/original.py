@@ -5,6 +5,7 @@ afterwards; Lightning with its own checkpoints, logger and early stopping. The o
 and the random stream are those of `topoqa_nb.training.training`, so that the metrics can be compared.
 
     python benchmarks/original.py FOLDER --save-dir OUT [--config NAME] [--threads 2] [--set key=value ...]
+    python benchmarks/original.py FOLDER --save-dir OUT OUT ... --evaluate [--config NAME]
 """
 
 import argparse
@@ -34,7 +35,7 @@ from topoqa_nb.ground.settings import Config
 from topoqa_nb.network.attention import EdgeOrder
 from topoqa_nb.network.model import TopoQANet
 from topoqa_nb.training.devices import lightning_precision
-from topoqa_nb.training.module import window_scale
+from topoqa_nb.training.module import make_optimizer, make_scheduler, window_scale
 
 KEPT_GRAPHS = 256
 
@@ -82,11 +83,18 @@ class OriginalNet(TopoQANet):
     def forward(self, batch: Data) -> torch.Tensor:
         nodes, edges = self.node_embedding(batch.x), self.edge_embedding(batch.edge_attr)
         for layer in self.layers:
-            nodes = layer.attention(nodes, batch.edge_index, edges)
-            edges = functional.elu(full_edge_update(layer.edge_update, nodes, batch.edge_index, edges))
-            nodes = functional.elu(nodes)
+            nodes, edges = one_layer(layer, nodes, edges, batch.edge_index)
         order = EdgeOrder("reference", batch.edge_index, ptr=None, rows=None, file_rows=None)
         return self.read_out(*self.pool_states(batch, nodes, edges, order))
+
+
+def one_layer(layer, nodes, edges, edge_index) -> tuple[torch.Tensor, torch.Tensor]:
+    "Attention, the edge update and ELU, added to what came in where the recipe asks for it."
+    seen = (nodes, edges) if layer.node_norm is None else (layer.node_norm(nodes), layer.edge_norm(edges))
+    new_nodes = layer.attention(seen[0], edge_index, seen[1])
+    new_edges = functional.elu(full_edge_update(layer.edge_update, new_nodes, edge_index, seen[1]))
+    new_nodes = functional.elu(new_nodes)
+    return (new_nodes, new_edges) if layer.node_norm is None else (nodes + new_nodes, edges + new_edges)
 
 
 def full_edge_update(update, nodes, edge_index, edges) -> torch.Tensor:
@@ -98,21 +106,15 @@ def full_edge_update(update, nodes, edge_index, edges) -> torch.Tensor:
 
 
 class OriginalModule(LightningModule):
-    "MSE against DockQ, Adam, the composite metric after each epoch."
+    "MSE against DockQ, optimizer and schedule of the configuration, the composite metric after each epoch."
 
     def __init__(self, model: OriginalNet, config: Config):
         super().__init__()
         self.model, self.config, self.rows = model, config, []
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.Adam(
-            self.parameters(),
-            lr=self.config.optimizer.learning_rate,
-            weight_decay=self.config.optimizer.weight_decay,
-        )
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer, factor=self.config.scheduler.factor, patience=self.config.scheduler.patience
-        )
+        optimizer = make_optimizer(self.parameters(), self.config.optimizer)
+        scheduler = make_scheduler(optimizer, self.config.scheduler, self.config.trainer.num_epochs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
 
     def training_step(self, batch, index: int) -> torch.Tensor:
@@ -173,11 +175,14 @@ def fit(
 ) -> tuple[list[dict[str, float]], list[float]]:
     "Train on `graphs/`, `train.csv` and `val.csv` of a folder: metrics and seconds of each epoch."
     parts = [GraphFiles(folder / "graphs", folder / f"{name}.csv") for name in ("train", "val")]
-    sample = parts[0][0]
     loading, trainer = config.dataloader, config.trainer
     torch.manual_seed(loading.seed)
-    schema = FeatureSchema(EdgeSchema(sample.edge_attr.shape[1]), NodeSchema(sample.x.shape[1]))
-    model = OriginalNet(schema, **config.model.model_dump())
+    model = network(parts[0], config)
+    if model.sizes:
+        counts = torch.tensor(
+            [(graph.num_nodes, graph.num_edges) for graph in map(parts[0].load, range(len(parts[0])))]
+        )
+        model.sizes.measure(*counts.T)
     torch.manual_seed(loading.seed)
     orders = [EpochBatches(len(part), loading.batch_size, part is parts[0], loading.seed) for part in parts]
     loaders = [
@@ -204,6 +209,32 @@ def fit(
     return module.rows, clock.epochs
 
 
+def network(files: GraphFiles, config: Config) -> OriginalNet:
+    "With fresh weights, for the widths of the graphs."
+    sample = files[0]
+    schema = FeatureSchema(EdgeSchema(sample.edge_attr.shape[1]), NodeSchema(sample.x.shape[1]))
+    return OriginalNet(schema, **config.model.model_dump())
+
+
+def evaluate(folder: Path, config: Config, save_dirs: list[Path]) -> dict[str, float]:
+    "How good the mean of some trainings is on the validation graphs, from their last checkpoints."
+    files = GraphFiles(folder / "graphs", folder / "val.csv")
+    predictions = []
+    for save_dir in save_dirs:
+        saved = torch.load(save_dir / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
+        model = network(files, config).eval()
+        model.load_state_dict({key.removeprefix("model."): value for key, value in saved.items()})
+        with torch.inference_mode():
+            scores = [model(batch) for batch in DataLoader(files, batch_size=config.dataloader.batch_size)]
+        predictions.append(torch.cat(scores))
+    mean = torch.stack(predictions).mean(0)
+    return {
+        "pearson": float(pearsonr(mean, files.dockq)[0]),
+        "spearman": float(spearmanr(mean, files.dockq)[0]),
+        "rmse": float(functional.mse_loss(mean, files.dockq).sqrt()),
+    }
+
+
 class NextOrder(Callback):
     "Tells the sampler which epoch comes; Lightning does so for samplers, not for batch samplers."
 
@@ -217,15 +248,18 @@ class NextOrder(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="with graphs/, train.csv and val.csv")
-    parser.add_argument("--save-dir", type=Path, required=True, help="for checkpoints and logs")
+    parser.add_argument("--save-dir", type=Path, nargs="+", required=True, help="for checkpoints and logs")
+    parser.add_argument("--evaluate", action="store_true", help="the mean of trainings, instead of training")
     parser.add_argument("--config", default="sched_boost_seed222.yaml", help="a configuration")
     parser.add_argument("--set", nargs="*", default=[], help="overrides, key=value")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows, seconds = fit(
-        arguments.folder, load_config(arguments.config, arguments.set).config, arguments.save_dir
-    )
+    config = load_config(arguments.config, arguments.set).config
+    if arguments.evaluate:
+        print(evaluate(arguments.folder, config, arguments.save_dir))
+        return
+    rows, seconds = fit(arguments.folder, config, arguments.save_dir[0])
     print(rows[-1], [round(each, 3) for each in seconds])
 
 

@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -29,32 +31,33 @@ def run(command: list[str], threads: int) -> None:
         sys.exit(f"{' '.join(command)} failed: {(done.stdout + done.stderr)[-2000:]}")
 
 
-def original(data: Path, folder: Path, epochs: int) -> None:
-    "Three processes in sequence, two threads each."
+def original(data: Path, folder: Path, jobs: Sequence[str], epochs: int) -> None:
+    "Processes in sequence, two threads each."
     script = Path(__file__).with_name("original.py")
-    for job in JOBS:
+    for job in jobs:
         command = [sys.executable, str(script), str(data), "--save-dir", str(folder / job), "--threads", "2"]
         run([*command, "--config", f"{job}.yaml", "--set", f"trainer.num_epochs={epochs}"], threads=2)
 
 
-def ours(data: Path, folder: Path, epochs: int) -> None:
+def ours(data: Path, folder: Path, jobs: Sequence[str], epochs: int) -> None:
     "One command; it packs the graphs, because nobody has done so before."
     overrides = data_settings(data, folder) | {"trainer.num_epochs": epochs}
-    jobs = [{"name": job, "config": f"{job}.yaml"} for job in JOBS]
+    named = [{"name": job, "config": f"{job}.yaml"} for job in jobs]
     manifest = folder / "manifest.yaml"
-    manifest.write_text(yaml.safe_dump({"shared": {"overrides": overrides}, "jobs": jobs}))
+    manifest.write_text(yaml.safe_dump({"shared": {"overrides": overrides}, "jobs": named}))
     topoqa = [sys.executable, "-m", "topoqa_nb.cli", "batch"]
     run([*topoqa, "--manifest", str(manifest), "--jobs", "auto"], threads=1)
 
 
-def compare(data: Path, epochs: int, repeats: int) -> None:
+def compare(data: Path, jobs: Sequence[str], epochs: int, repeats: int) -> None:
     "Wall-clock time of both sides, which alternate."
     times = {"original": [], "topoqa": []}
     for repeat in range(repeats):
         sides = [("original", original), ("topoqa", ours)]
         for name, side in sides if repeat % 2 == 0 else reversed(sides):
             with tempfile.TemporaryDirectory() as folder:
-                times[name].append(seconds(lambda side=side, folder=folder: side(data, Path(folder), epochs)))
+                work = partial(side, data, Path(folder), jobs, epochs)
+                times[name].append(seconds(work))
     for name in times:
         print(ratio_line(name, times[name], times["original"]))
 
@@ -68,6 +71,7 @@ def main() -> None:
     parser.add_argument(
         "--size", choices=list(SIZES), default="big", help="of a random graph (default %(default)s)"
     )
+    parser.add_argument("--jobs", type=int, default=len(JOBS), help="(default %(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="of each run (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="(default %(default)s)")
     arguments = parser.parse_args()
@@ -76,10 +80,12 @@ def main() -> None:
         if arguments.data
         else f"{arguments.graphs} random graphs ({arguments.size})"
     )
-    print(f"(c) three jobs of {arguments.epochs} epochs, {what}, {os.cpu_count()} cores", flush=True)
+    print(
+        f"(c) {arguments.jobs} jobs of {arguments.epochs} epochs, {what}, {os.cpu_count()} cores", flush=True
+    )
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data or write_data_set(Path(folder), arguments.graphs, arguments.size)
-        compare(data.resolve(), arguments.epochs, arguments.repeats)
+        compare(data.resolve(), JOBS[: arguments.jobs], arguments.epochs, arguments.repeats)
 
 
 if __name__ == "__main__":
