@@ -1,4 +1,4 @@
-"""(g) Time to an answer: from a folder of graph files to a trained model and what it is worth, everything included.
+"""(h) Time to an answer: from a folder of graph files to a trained model and what it is worth, everything included.
 
     python benchmarks/answer.py                          # random graphs
     python benchmarks/answer.py --data FOLDER            # a folder with graphs/, train.csv and val.csv instead
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--bootstrap", type=int, default=2000, help="resamples (default %(default)s)")
     arguments = parser.parse_args()
     what = f"the graphs of {arguments.data.name}/" if arguments.data else f"{arguments.graphs} random graphs"
-    print(f"(g) time to an answer, {what}, {os.cpu_count()} cores", flush=True)
+    print(f"(h) time to an answer, {what}, {os.cpu_count()} cores", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         data = arguments.data or write_data_set(Path(folder), arguments.graphs, next(iter(SIZES)))
         for recipe in arguments.recipes:
