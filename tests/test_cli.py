@@ -476,7 +476,6 @@ def test_a_batch_ends_with_its_table_and_a_code(
         "continue_on_error": False,
         "skip_completed": True,
         "executor": "local",
-        "ensemble": "on",
         "name": "run_core",
     }
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", status, "-0.25000", "3.0"]

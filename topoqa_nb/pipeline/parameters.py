@@ -49,7 +49,7 @@ class PipelineParameters(BaseModel):
     val_labels: Path | None = Field(None, description="CSV; default: val.csv beside the graphs.")
     test_labels: Path | None = Field(None, description="CSV for the one evaluation at the end.")
     recipe: Literal["original", "recommended"] = Field(
-        "original", description="Sweep and phases, or recommended: three short runs, no phase, their mean."
+        "original", description="Stages: original, or recommended (seeds alone)."
     )
     manifest: Path | None = Field(None, description="Jobs of the sweep; default: that of the recipe.")
     run_root: Path | None = Field(None, description="Where run directories go.")
