@@ -319,7 +319,7 @@ def _print_table(title: str, rows: Sequence[Mapping[str, object]]) -> list[str]:
         [{name: _text_of(row[name]) for name in names} for row in rows], _NEEDED, _WORDS, title
     )
 
-# %% ../../nbs/3_runs/35_leaderboard.ipynb #35-100
+# %% ../../nbs/3_runs/35_leaderboard.ipynb #35-101
 def _print_tables(
     rows: Sequence[Mapping[str, object]],  # from `leaderboard` or `by_config`
 ) -> None:
