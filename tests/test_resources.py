@@ -18,7 +18,7 @@ from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
 from topoqa_nb.network.weights import read_checkpoint
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-SIZES = ["20k", "40k", "60k", "80k", "100k", "130k", "170k", "250k", "400k", "700k", "8m"]
+SIZES = ["24k", "40k", "60k", "80k", "100k", "130k", "170k", "280k", "400k", "700k", "8m"]
 
 
 @pytest.fixture(scope="module")
