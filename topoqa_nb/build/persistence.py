@@ -15,6 +15,17 @@ from .structures import Structure, atoms_near, inner_kernel, kernel
 from .tessellation import WIDEST, make_mesh, tessellate_grid, to_grid
 from ..ground.core import ConfigError
 
+# %% ../../nbs/9_build/93_persistence.ipynb #93-101
+@kernel
+def _order(values):
+    "Places of values, none of them negative, the smallest first."
+    bits = 1
+    while 1 << bits < len(values):
+        bits += 1
+    keys = (values.view(np.int64) >> bits << bits) | np.arange(len(values))
+    keys.sort()
+    return keys & ((1 << bits) - 1)
+
 # %% ../../nbs/9_build/93_persistence.ipynb #93-005
 @inner_kernel
 def _root(parent, place):
@@ -31,7 +42,7 @@ def _components(found, count):
     edges, squared = found.edges, found.squared
     parent, place = np.arange(count), np.full(len(edges), -1, np.int32)
     deaths, opening, joined, opened = np.empty(count), np.empty(len(edges), np.int32), 0, 0
-    for edge in np.argsort(found.edge_values):
+    for edge in _order(found.edge_values):
         a, b = _root(parent, edges[edge, 0]), _root(parent, edges[edge, 1])
         if a != b:
             parent[a] = b
@@ -88,7 +99,7 @@ def _boundary(sides, triangle, place, row):
 @kernel
 def _loops(found, opening, place, cells):
     "Birth and death (Å^2) of every loop."
-    order, words = np.argsort(found.triangle_values), (len(opening) + 63) // 64
+    order, words = _order(found.triangle_values), (len(opening) + 63) // 64
     ends, bars, count = _ends_loop(found, order, cells), np.empty((len(opening), 2)), 0
     rows, row = np.zeros((len(opening), words), np.uint64), np.zeros(words, np.uint64)
     taken, sides = np.zeros(len(opening), np.bool_), found.sides
