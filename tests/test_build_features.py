@@ -272,7 +272,7 @@ def test_long_chain_names_and_numbers_that_are_none_in_mmcif(example: Structure,
 
 
 def test_missing_folder_and_directory_are_one_line(tmp_path: Path):
-    for path, reason in ((tmp_path / "none.pdb", "No such file"), (tmp_path, "Is a directory")):
+    for path, reason in ((tmp_path / "none.pdb", "No such file"), (tmp_path, "found a directory")):
         with pytest.raises(StructureError, match=reason):
             read_structure(path)
 

@@ -45,7 +45,7 @@ def kernel(
 def inner_kernel(
     function: Callable,  # called for each atom or tetrahedron; reads and fills arrays, makes none
 ) -> Callable:  # the same, as machine code, put where it is called
-    "A kernel that other kernels call without counting who holds an array, which costs more than the call."
+    "A kernel for other kernels to call: put where it is called, without a count of who holds an array."
     return _translated(function, forceinline=True, _nrt=False)
 
 
