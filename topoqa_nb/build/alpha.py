@@ -10,16 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .structures import kernel
+from .structures import inner_kernel, kernel
 
 # %% ../../nbs/9_build/92a_alpha.ipynb #92a-005
-@kernel
+@inner_kernel
 def _between(points, a, b):
     "The way from one point to another."
     return points[b, 0] - points[a, 0], points[b, 1] - points[a, 1], points[b, 2] - points[a, 2]
 
 
-@kernel
+@inner_kernel
 def _triangle_ball(points, a, b, c):
     "Squared radius (Å^2) and centre of the smallest ball through three points."
     ux, uy, uz = _between(points, a, b)
@@ -31,7 +31,7 @@ def _triangle_ball(points, a, b, c):
     return x * x + y * y + z * z, points[a, 0] + x, points[a, 1] + y, points[a, 2] + z
 
 
-@kernel
+@inner_kernel
 def _tetrahedron_ball(points, a, b, c, d):
     "Squared radius (Å^2) of the ball through four points."
     ux, uy, uz = _between(points, a, b)
@@ -58,7 +58,7 @@ class AlphaComplex(NamedTuple):
     tetrahedra: np.ndarray  # on either side; the number of tetrahedra stands for the outside, [t, 2]
 
 
-@kernel
+@inner_kernel
 def _squared_distance(points, a, x, y, z):
     "From a point to a place (Å^2)."
     return (points[a, 0] - x) ** 2 + (points[a, 1] - y) ** 2 + (points[a, 2] - z) ** 2
@@ -92,7 +92,7 @@ def _tetrahedron_values(points, corners):
     return values
 
 
-@kernel
+@inner_kernel
 def _triangle_value(points, corners, neighbours, values, cell, place):
     "When the triangle opposite of a corner appears."
     other, count = neighbours[cell, place], len(points)

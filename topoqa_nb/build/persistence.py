@@ -11,12 +11,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from .alpha import alpha_complex
-from .structures import Structure, atoms_near, kernel
+from .structures import Structure, atoms_near, inner_kernel, kernel
 from .tessellation import WIDEST, make_mesh, tessellate_grid, to_grid
 from ..ground.core import ConfigError
 
-# %% ../../nbs/9_build/93_persistence.ipynb #93-005
+# %% ../../nbs/9_build/93_persistence.ipynb #93-101
 @kernel
+def _order(values):
+    "Places of values, none of them negative, the smallest first."
+    bits = 1
+    while 1 << bits < len(values):
+        bits += 1
+    keys = (values.view(np.int64) >> bits << bits) | np.arange(len(values))
+    keys.sort()
+    return keys & ((1 << bits) - 1)
+
+# %% ../../nbs/9_build/93_persistence.ipynb #93-005
+@inner_kernel
 def _root(parent, place):
     "The representative of a set, with the way to it made shorter."
     while parent[place] != place:
@@ -28,13 +39,14 @@ def _root(parent, place):
 @kernel
 def _components(found, count):
     "Lengths (Å) at which pieces join; the edges that open loops, in order; of each edge its place among these, or -1."
-    parent, place = np.arange(count), np.full(len(found.edges), -1, np.int32)
-    deaths, opening, joined, opened = np.empty(count), np.empty(len(found.edges), np.int32), 0, 0
-    for edge in np.argsort(found.edge_values):
-        a, b = _root(parent, found.edges[edge, 0]), _root(parent, found.edges[edge, 1])
+    edges, squared = found.edges, found.squared
+    parent, place = np.arange(count), np.full(len(edges), -1, np.int32)
+    deaths, opening, joined, opened = np.empty(count), np.empty(len(edges), np.int32), 0, 0
+    for edge in _order(found.edge_values):
+        a, b = _root(parent, edges[edge, 0]), _root(parent, edges[edge, 1])
         if a != b:
             parent[a] = b
-            deaths[joined] = np.sqrt(found.squared[edge])
+            deaths[joined] = np.sqrt(squared[edge])
             joined += 1
         else:
             place[edge], opening[opened] = opened, edge
@@ -45,17 +57,17 @@ def _components(found, count):
 @kernel
 def _ends_loop(found, order, cells):
     "Which triangles end a loop."
-    parent, ends = np.arange(cells + 1), np.ones(len(order), np.bool_)
+    tetrahedra, parent, ends = found.tetrahedra, np.arange(cells + 1), np.ones(len(order), np.bool_)
     for step in range(len(order) - 1, -1, -1):
         triangle = order[step]
-        a, b = _root(parent, found.tetrahedra[triangle, 0]), _root(parent, found.tetrahedra[triangle, 1])
+        a, b = _root(parent, tetrahedra[triangle, 0]), _root(parent, tetrahedra[triangle, 1])
         if a != b:
             parent[a] = b
             ends[triangle] = False
     return ends
 
 
-@kernel
+@inner_kernel
 def _highest(words, last):
     "The place of the highest bit in the words up to the last, or -1."
     while last >= 0 and words[last] == 0:
@@ -70,10 +82,11 @@ def _highest(words, last):
     return 64 * last + bit
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-008
-@kernel
+@inner_kernel
 def _boundary(sides, triangle, place, row):
     "Set the bits of a triangle's edges that open loops; the highest of them, or -1."
-    row[:] = 0
+    for word in range(len(row)):
+        row[word] = 0
     highest = -1
     for corner in range(3):
         bit = place[sides[triangle, corner]]
@@ -86,14 +99,15 @@ def _boundary(sides, triangle, place, row):
 @kernel
 def _loops(found, opening, place, cells):
     "Birth and death (Å^2) of every loop."
-    order, words = np.argsort(found.triangle_values), (len(opening) + 63) // 64
+    order, words = _order(found.triangle_values), (len(opening) + 63) // 64
     ends, bars, count = _ends_loop(found, order, cells), np.empty((len(opening), 2)), 0
     rows, row = np.zeros((len(opening), words), np.uint64), np.zeros(words, np.uint64)
-    taken = np.zeros(len(opening), np.bool_)
+    taken, sides = np.zeros(len(opening), np.bool_), found.sides
+    births, values = found.edge_values, found.triangle_values
     for triangle in order:
         if not ends[triangle]:
             continue
-        youngest = _boundary(found.sides, triangle, place, row)
+        youngest = _boundary(sides, triangle, place, row)
         while youngest >= 0 and taken[youngest]:
             for word in range((youngest >> 6) + 1):
                 row[word] ^= rows[youngest, word]
@@ -102,8 +116,8 @@ def _loops(found, opening, place, cells):
             taken[youngest] = True
             for word in range((youngest >> 6) + 1):
                 rows[youngest, word] = row[word]
-            bars[count, 0] = found.edge_values[opening[youngest]]
-            bars[count, 1] = found.triangle_values[triangle]
+            bars[count, 0] = births[opening[youngest]]
+            bars[count, 1] = values[triangle]
             count += 1
     return bars[:count]
 
@@ -119,7 +133,7 @@ def persistence(
     return deaths, _loops(found, opening, place, cells)
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-016
-@kernel
+@inner_kernel
 def _five(values, row):
     "Sum, smallest, largest, mean and standard deviation of values, >= 1."
     total, least, most = 0.0, values[0], values[0]
@@ -146,7 +160,7 @@ def _describe(deaths, loops, cutoff, shortest, row0, row1):
         _five(loops[:, 1][kept], row1[10:])
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-017
-@kernel
+@inner_kernel
 def _gather(coords, grid, code, around, mask, points, on_grid):
     "Fill in the atoms of some elements; how many there are."
     count = 0

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .structures import kernel
+from .structures import inner_kernel, kernel
 from ..ground.core import DataError
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-005
-@kernel
+@inner_kernel
 def side(points, a, b, c, d):
     "Sign and size of the volume of a tetrahedron; 0 when its corners lie in a plane."
     bx, by, bz = points[b, 0] - points[a, 0], points[b, 1] - points[a, 1], points[b, 2] - points[a, 2]
@@ -23,7 +23,7 @@ def side(points, a, b, c, d):
     return bx * (cy * dz - cz * dy) - by * (cx * dz - cz * dx) + bz * (cx * dy - cy * dx)
 
 
-@kernel
+@inner_kernel
 def _sign(w, x, y, z, vw, vx, vy, vz):
     "The sign of w vw - x vx + y vy - z vz: squares below 2^31 times volumes below 2^46."
     p, q, r, s = float(w) * float(vw), float(x) * float(vx), float(y) * float(vy), float(z) * float(vz)
@@ -40,7 +40,7 @@ def _sign(w, x, y, z, vw, vx, vy, vz):
     return 1 if high > 0 else -1
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-006
-@kernel
+@inner_kernel
 def in_ball(points, a, b, c, d, e):
     "Positive when e lies inside the ball through a, b, c, d, negative outside, 0 on its surface."
     ax, ay, az = points[a, 0] - points[e, 0], points[a, 1] - points[e, 1], points[a, 2] - points[e, 2]
@@ -88,7 +88,7 @@ def make_mesh(
 _HELPER = 1000  # grid steps from the first point
 
 
-@kernel
+@inner_kernel
 def _spans(points, a, b, c):
     "Whether three points are the corners of a triangle that is not flat."
     ux, uy, uz = points[b, 0] - points[a, 0], points[b, 1] - points[a, 1], points[b, 2] - points[a, 2]
@@ -96,7 +96,7 @@ def _spans(points, a, b, c):
     return uy * vz - uz * vy != 0 or uz * vx - ux * vz != 0 or ux * vy - uy * vx != 0
 
 
-@kernel
+@inner_kernel
 def _fits(points, b, c, d, size):
     "Whether the point d makes a simplex of one more corner of 0, b, c that is not flat."
     if size == 1:
@@ -149,7 +149,7 @@ def _begin(mesh, found, ghost):
     mesh.mark[:5] = 0
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-016
-@kernel
+@inner_kernel
 def _with(corners, cell, place, point):
     "Four corners, one of them exchanged."
     a, b, c, d = corners[cell, 0], corners[cell, 1], corners[cell, 2], corners[cell, 3]
@@ -162,7 +162,7 @@ def _with(corners, cell, place, point):
     return a, b, c, point
 
 
-@kernel
+@inner_kernel
 def _ghost_corner(corners, cell, ghost):
     "Which corner of a tetrahedron is the ghost, or -1."
     for place in range(4):
@@ -171,7 +171,7 @@ def _ghost_corner(corners, cell, ghost):
     return -1
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-017
-@kernel
+@inner_kernel
 def _holds(points, corners, neighbours, cell, point, ghost):
     "Whether a point lies inside the ball of a tetrahedron."
     place = _ghost_corner(corners, cell, ghost)
@@ -185,7 +185,7 @@ def _holds(points, corners, neighbours, cell, point, ghost):
     return in_ball(points, a, b, c, d, point) > 0
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-018
-@kernel
+@inner_kernel
 def _walk(points, corners, neighbours, start, point, ghost):
     "From one tetrahedron towards a point, to the one that contains it or the ghost before it."
     place = _ghost_corner(corners, start, ghost)
@@ -204,7 +204,7 @@ def _walk(points, corners, neighbours, start, point, ghost):
     return here
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-019
-@kernel
+@inner_kernel
 def _hollow(mesh, start, point, ghost, step):
     "Open all tetrahedra whose ball holds the point; how many there are, and how many faces the hole has."
     points, corners, neighbours, mark, opened, rim = mesh[:6]
@@ -227,7 +227,7 @@ def _hollow(mesh, start, point, ghost, step):
     return count, faces
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-020
-@kernel
+@inner_kernel
 def _join(corners, neighbours, waiting, new, place):
     "Connect the sides of a new tetrahedron with those of the new ones beside it."
     for corner in range(4):
@@ -247,7 +247,7 @@ def _join(corners, neighbours, waiting, new, place):
             neighbours[waits >> 2, waits & 3] = new
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-021
-@kernel
+@inner_kernel
 def _fill(mesh, point, count, faces, used, spare):
     "Fill a hole from its faces to the point; places used, places to spare, and the last tetrahedron."
     _, corners, neighbours, mark, opened, rim, free, waiting = mesh
@@ -274,7 +274,7 @@ def _fill(mesh, point, count, faces, used, spare):
     return used, spare, new
 
 # %% ../../nbs/9_build/92_tessellation.ipynb #92-023
-@kernel
+@inner_kernel
 def _settle(mesh, used, ghost):
     "Move the tetrahedra without a ghost to the front; how many there are. Neighbours outside become -1."
     count = 0
