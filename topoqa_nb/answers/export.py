@@ -16,7 +16,7 @@ from .models import RUN_ROOT, Model, load_models
 from .predictions import check_out
 from ..ground.core import ConfigError, atomic_directory, atomic_path, plain
 from ..network.model import model_config
-from ..network.weights import EXPORT_KEY, EXPORTED
+from ..network.weights import DIGEST_KEY, EXPORT_KEY, EXPORTED, exported_digest
 
 # %% ../../nbs/5_answers/50d_export.ipynb #50d-007
 def header(
@@ -40,8 +40,10 @@ def write_exported(
 ) -> None:
     "Write one model, whole or not at all."
     weights = {name: value.contiguous() for name, value in model.network.state_dict().items()}
+    told = header(model)
+    digest = {DIGEST_KEY: exported_digest(told[EXPORT_KEY], weights)}
     with atomic_path(path) as temporary:
-        save_file(weights, temporary, header(model))
+        save_file(weights, temporary, told | digest)
 
 # %% ../../nbs/5_answers/50d_export.ipynb #50d-012
 def export(
