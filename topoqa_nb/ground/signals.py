@@ -62,21 +62,49 @@ class _Stop:
 
     def __init__(self):
         self.received: list[tuple[int, float]] = []  # signals, and when they came
+        self.is_dropped = False  # Python itself has dropped the exception
 
     def __call__(self, signum: int, frame: object) -> None:
-        is_first = not self.received
+        is_first = self.is_dropped or not self.received
         is_meant = signum in ASKED and time.monotonic() - (self.received or [(0, 0.0)])[-1][1] > _PATIENCE
         if is_first or is_meant:
             self.received.append((signum, time.monotonic()))
+            self.is_dropped = False
             raise Interrupted(signum)
 
+# %% ../../nbs/0_ground/01_signals.ipynb #01-211
+_AGAIN = 0.05  # seconds; by then Python has left its callback
 
+
+@contextmanager
+def _not_dropped(stop: _Stop) -> Iterator[None]:
+    "What Python drops, because it was raised in a destructor or in the callback of a weak reference, comes again."
+    before, timers = sys.unraisablehook, []
+
+    def hook(unraisable: object) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):
+            before(unraisable)
+            return
+        stop.is_dropped = True
+        timers.append(threading.Timer(_AGAIN, os.kill, (os.getpid(), unraisable.exc_value.signum)))
+        timers[-1].daemon = True
+        timers[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for timer in timers:
+            timer.cancel()
+
+# %% ../../nbs/0_ground/01_signals.ipynb #01-212
 @contextmanager
 def interruptible() -> Iterator[None]:
     "Raise `Interrupted` on each signal that asks for a stop, whatever it meets on its way out."
     around = signal.getsignal(signal.SIGTERM) if _in_main() else None
     stop = around if isinstance(around, _Stop) else _Stop()  # of a block inside another one: the same
-    with _handled(heeded(), stop):
+    with _handled(heeded(), stop), _not_dropped(stop):
         try:
             yield
         except BaseException:
