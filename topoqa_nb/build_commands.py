@@ -14,7 +14,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from .answer_commands import Device, ModelOption, Overwrite, RunRoot, TargetRegex, named_models
+from topoqa_nb.answer_commands import (
+    BatchSize,
+    Device,
+    Labels,
+    ModelOption,
+    Overwrite,
+    RunRoot,
+    TargetRegex,
+    named_models,
+)
 from .entry import RUN_ROOT, DryRun, app, job_count
 from .ground.core import ConfigError, to_json
 from .ground.machine import fast_import
@@ -169,11 +178,9 @@ def score_command(
     out: Annotated[
         Path | None, typer.Option(help="Table to write: .csv, .parquet or .json; default: it is printed.")
     ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="CSV with MODEL and dockq; adds a column dockq.")
-    ] = None,
+    labels: Labels = None,
     target_regex: TargetRegex = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Graphs scored at a time.")] = 64,
+    batch_size: BatchSize = 64,
     device: Device = "auto",
     jobs: Processes = "auto",
     split_on_ter: SplitOnTer = False,
@@ -219,7 +226,8 @@ def families_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> int:
     "Which targets are relatives, by the sequences of their chains. Exit code 1 if a structure cannot be read."
-    from topoqa_nb.build.families import check_free_file, find_families, structures_of_build, write_families
+    from topoqa_nb.answers.scored import check_free_file
+    from topoqa_nb.build.families import find_families, structures_of_build, write_families
     from topoqa_nb.build.inputs import find_structures
 
     if (graph_dir is None) == (not structures):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_IDENTITY', 'LEAST_COVERAGE', 'chain_sequences', 'Likeness', 'likeness', 'least_score', 'alike_pairs',
-           'families_of', 'FamilyReport', 'structures_of_build', 'find_families', 'write_families', 'check_free_file']
+           'families_of', 'FamilyReport', 'structures_of_build', 'find_families', 'write_families']
 
 # %% ../../nbs/9_build/98g_families.ipynb #98g-003
 import math
@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 from scipy.cluster.hierarchy import DisjointSet
 
+from ..answers.scored import check_free_file
 from .inputs import find_structures
 from .journal import Journal
 from .outputs import Places
@@ -190,14 +191,3 @@ def write_families(
     check_free_file(path, overwrite)
     table = pd.DataFrame(sorted(families.items()), columns=["target", "family"])
     return write_text(path, table.to_csv(index=False))
-
-
-def check_free_file(
-    path: str | Path,  # that should be written
-    overwrite: bool = False,  # replace a file that is there
-) -> None:
-    "Raise `ConfigError` when something is in the way."
-    path = Path(path)
-    if path.exists() and not (overwrite and path.is_file()):
-        fix = "choose another, or add --overwrite"
-        raise ConfigError(f"--out {path}", "a name that is free", "something of this name", fix)

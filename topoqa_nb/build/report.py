@@ -22,7 +22,7 @@ from .modules import STAGES
 from .recipe import load_recipe
 from ..data.demo import ensure_demo
 from ..data.graphs import read_graph
-from ..data.labels import read_labels
+from ..data.labels import QUALITY_LIMITS, read_labels
 from ..ground.core import write_text
 from ..ground.figure_style import COLOURS, new_figure
 from ..ground.html_page import figure_html, html_page, table_html
@@ -182,14 +182,14 @@ def _groups(ranges: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["features", "columns", "min", "mean", "max", "never vary"])
 
 # %% ../../nbs/9_build/98f_build_report.ipynb #98f-017
-_LIMITS = {"incorrect": 0.0, "acceptable": 0.23, "medium": 0.49, "high": 0.80}  # CAPRI, by DockQ
+_LIMITS = {"incorrect": 0.0, **QUALITY_LIMITS}
 
 
 def _qualities(labels: pd.DataFrame | None) -> pd.DataFrame:
     "Decoys of each quality."
     if labels is None:
         return pd.DataFrame(columns=["quality", "DockQ from", "decoys"])
-    ends = [*list(_LIMITS.values())[1:], np.inf]
+    ends = [*QUALITY_LIMITS.values(), np.inf]
     counts = [
         int(labels.dockq.between(low, high, inclusive="left").sum())
         for low, high in zip(_LIMITS.values(), ends, strict=True)
@@ -219,7 +219,7 @@ def _plot_dockq(labels: pd.DataFrame) -> Figure:
     "How good decoys are; lines where the quality changes."
     figure, (axis,) = new_figure(size=(7.0, 2.6))
     axis.hist(labels.dockq, bins=20, range=(0, 1), color=COLOURS[0])
-    for limit in list(_LIMITS.values())[1:]:
+    for limit in QUALITY_LIMITS.values():
         axis.axvline(limit, color=COLOURS[1], linestyle="--", linewidth=1)
     axis.set(title="DockQ of the decoys; lines: acceptable, medium, high", xlabel="DockQ", ylabel="decoys")
     return figure

@@ -79,6 +79,9 @@ _AGAIN = 0.05  # seconds; by then Python has left its callback
 @contextmanager
 def _not_dropped(stop: _Stop) -> Iterator[None]:
     "What Python drops, because it was raised in a destructor or in the callback of a weak reference, comes again."
+    if not _in_main():
+        yield
+        return
     before, timers = sys.unraisablehook, []
 
     def hook(unraisable: object) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..answers.evaluation import evaluate
 from ..answers.predictions import read_predictions
-from ..answers.scored import answer_folder
+from ..answers.scored import answer_folder, check_free_file
 from ..answers.splits import labelled_decoys
 from ..data.dataset import locate_data
 from ..data.families import read_families
@@ -341,9 +341,8 @@ def check_winner(
     "Raise `ConfigError` when something is in the way that this search has not written."
     own = search.out / WINNER_FILE
     is_own = winner and winner.is_file() and own.is_file() and winner.read_bytes() == own.read_bytes()
-    if winner and winner.exists() and not (overwrite and winner.is_file()) and not is_own:
-        fix = "choose another, or add --overwrite"
-        raise ConfigError(f"--winner {winner}", "a name that is free", "something of this name", fix)
+    if winner and not is_own:
+        check_free_file(winner, overwrite, "--winner")
 
 
 def finish_search(

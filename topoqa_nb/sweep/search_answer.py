@@ -18,7 +18,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from ..answers.bootstrap import tail
-from ..answers.comparison import Comparison
+from ..answers.comparison import Comparison, verdict_of
 from ..answers.evaluation import Evaluation
 from ..answers.evaluation_report import with_interval
 from ..answers.measures import is_lower_better, measure_title
@@ -110,8 +110,7 @@ def _differences(comparison: Comparison, measure: str) -> pd.DataFrame:
         values = np.array([one.values[measure] - first.values[measure] for one in others])
         drawn = np.stack([one.resampled[measure] - first.resampled[measure] for one in others])
         low, high = simultaneous(values, drawn, first.scored.clusters.nunique())
-        up, down = ("worse", "better") if is_lower_better(measure) else ("better", "worse")
-        verdict = np.where(low > 0, up, np.where(high < 0, down, "not told apart"))
+        verdict = [verdict_of(*ends, is_lower_better(measure)) for ends in zip(low, high, strict=True)]
         columns = dict(zip(columns, (values, low, high, verdict), strict=True))
     return pd.DataFrame(columns, index=[one.name for one in others])
 

@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from ..data.batches import Split, make_loader
+from ..data.batches import Split
 from ..data.dataset import RunData, open_data
 from ..ground.config import load_config
 from ..ground.console import log
@@ -35,6 +35,7 @@ from topoqa_nb.training.training import (
     known_before,
     recorded,
     trainer_arguments,
+    training_loader,
     unfilled_memory,
     write_facts,
 )
@@ -151,17 +152,12 @@ def _fit(run: RunDirectory, config: Config, data: RunData, rates: Sequence[float
     model = fresh_model(config, data).train()
     torch.manual_seed(config.dataloader.seed)
     module = RefitModule(model, config, data.schema, rates=rates, mark=mark)
-    size, loading, limit = config.dataloader.batch_size, config.dataloader, config.trainer.limit_train_batches
-    together = batches_together(data.train, size, config.trainer)
-    loader = make_loader(
-        data.train, batch_size=size, shuffle=True, seed=loading.seed, num_workers=loading.num_workers,
-        together=together, limit=limit,
-    )  # fmt: skip
+    together = batches_together(data.train, config.dataloader.batch_size, config.trainer)
     recorder = RefitRecorder(run)
     with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
         called = [ProgressLines(), recorder, *averaging(config.trainer), LastEpoch(run, recorder), tracker]
         arguments = trainer_arguments(config, together) | {"limit_val_batches": 0}
-        Trainer(**arguments, callbacks=called).fit(module, loader)
+        Trainer(**arguments, callbacks=called).fit(module, training_loader(config, data, together))
 
 # %% ../../nbs/4_training/46_refit.ipynb #46-300
 def _sections(config: Config, data: RunData, mark: dict, threads: int) -> dict[str, dict[str, object]]:

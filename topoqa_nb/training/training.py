@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['trainer_arguments', 'check_trainer', 'run_environment', 'known_before', 'write_facts', 'describe_start',
-           'where_it_stands', 'recorded', 'unfilled_memory', 'make_callbacks', 'fresh_model', 'fit', 'conclude',
-           'train']
+           'where_it_stands', 'recorded', 'unfilled_memory', 'make_callbacks', 'fresh_model', 'fit', 'training_loader',
+           'conclude', 'train']
 
 # %% ../../nbs/4_training/44_training.ipynb #44-003
 import logging
@@ -317,17 +317,27 @@ def fit(
         trainer = Trainer(**trainer_arguments(config, together), callbacks=called)
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
 
-
+# %% ../../nbs/4_training/44_training.ipynb #44-302
 def _loaders(config: Config, data: RunData, together: int) -> list[DataLoader]:
     "Batches of training and validation."
-    sizes, loading, trainer = batch_sizes(config, data), config.dataloader, config.trainer
-    shared = {"seed": loading.seed, "num_workers": loading.num_workers}
-    limit = 1 if trainer.fast_dev_run else trainer.limit_train_batches
-    training = {"shuffle": True, "together": together, "limit": limit}
+    loading, size = config.dataloader, batch_sizes(config, data)["val"]
+    given = {"seed": loading.seed, "num_workers": loading.num_workers}
     return [
-        make_loader(data.train, batch_size=sizes["train"], **training, **shared),
-        make_loader(data.val, batch_size=sizes["val"], shuffle=False, **shared),
+        training_loader(config, data, together),
+        make_loader(data.val, batch_size=size, shuffle=False, **given),
     ]
+
+
+def training_loader(
+    config: Config,  # of the run
+    data: RunData,  # from `open_data`
+    together: int,  # from `batches_together`
+) -> DataLoader:
+    "Batches of training, in an order of their own each epoch."
+    loading, trainer = config.dataloader, config.trainer
+    limit = 1 if trainer.fast_dev_run else trainer.limit_train_batches
+    given = {"seed": loading.seed, "num_workers": loading.num_workers, "together": together, "limit": limit}
+    return make_loader(data.train, batch_size=loading.batch_size, shuffle=True, **given)
 
 # %% ../../nbs/4_training/44_training.ipynb #44-047
 def conclude(
