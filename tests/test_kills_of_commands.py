@@ -192,6 +192,7 @@ def compared(run, stand_in) -> Iterator[Callable]:  # noqa: F811
     yield run
 
 
+@pytest.mark.xdist_group("volumes in memory")
 def test_a_comparison_with_a_ram_disk(compared, tmp_path: Path):
     def begin(place: Path) -> None:
         compared(environment={"SAFE_RAMDISK_TEST_MODE": "1"}, values={"run_root": str(place / "runs")})
