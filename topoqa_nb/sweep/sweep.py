@@ -23,6 +23,7 @@ from ..ground.core import ConfigError, TopoqaError, scratch_folder, sha256_file
 from ..ground.settings import Config, MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
 from ..runs.record import RunDirectory, RunRecord, complete_settings
+from ..runs.run_data import locate_run_data
 from ..runs.runs import check_run_name, list_runs, tidy
 from topoqa_nb.sweep.jobs import (
     POLL_SECONDS,
@@ -40,8 +41,7 @@ from topoqa_nb.sweep.jobs import (
 )
 from .manifest import Job, training_command
 from .processes import PRELOADED, STOP_SECONDS, ForkServer
-from ..training.tracking import open_sweep_run
-from ..training.validation import locate_run_data
+from ..training.mlflow_sweep import open_sweep_run
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-011
 def located(

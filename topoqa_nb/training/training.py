@@ -43,6 +43,7 @@ from ..ground.signals import Interrupted, forget_children, interruptible
 from ..network.model import TopoQANet, build_model
 from ..runs.progress import ending_text
 from ..runs.record import RunDirectory, RunRecord, read_record, update_metadata
+from ..runs.run_data import locate_run_data
 from ..runs.runs import create_run, update_best
 from ..runs.selection import HIGHER_IS_BETTER, as_loss, describe_rule
 from .averaging import averaging
@@ -75,7 +76,6 @@ from topoqa_nb.training.validation import (
     check_selection,
     data_section,
     lineage,
-    locate_run_data,
     read_parent,
 )
 

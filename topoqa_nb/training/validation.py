@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['batch_sizes', 'check_batch_limits', 'judged_on', 'data_section', 'check_selection', 'Parent', 'read_parent',
-           'lineage', 'parent_data', 'locate_run_data']
+           'lineage']
 
 # %% ../../nbs/4_training/43c_validation.ipynb #43c-003
 import math
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.batches import Split, first_decoys, limited, split_fingerprint
-from ..data.dataset import RunData, locate_data
+from ..data.dataset import RunData
 from ..data.demo import is_demo
 from ..data.schema import check_features
 from ..ground.core import CheckpointError, ConfigError, sha256_file
@@ -23,7 +23,6 @@ from ..ground.settings import Config
 from ..network.metrics import check_metric, regression_metrics
 from ..network.model import TopoQANet, build_model, model_config
 from ..network.weights import load_model, load_weights
-from ..runs.record import RunDirectory, read_record
 from ..runs.selection import judge
 from .module import VALIDATION_BATCH, graphs_a_pass, predict
 
@@ -141,41 +140,3 @@ def lineage(
         "parent_sha256": parent.sha256,
         "parent_score": parent.score,
     }
-
-# %% ../../nbs/4_training/43c_validation.ipynb #43c-022
-_DATA_PATHS = ("graph", "train_labels", "val_labels", "target_regex", "metadata", "summary")
-
-
-def parent_data(
-    checkpoint: str | Path,  # of the parent
-) -> dict[str, Path | str]:  # names of the section paths
-    "The data of the run that holds a checkpoint. Raises `ConfigError` when there are none."
-    run = RunDirectory.of_checkpoint(Path(checkpoint).resolve())
-    stated = read_record(run).training_parameters.paths if run.exists else {}
-    paths = {name: stated[name] for name in _DATA_PATHS if stated.get(name)}
-    places = {name: Path(str(paths.get(name) or "")) for name in _DATA_PATHS[:3]}
-    if run.exists and all(paths.get(name) and place.exists() for name, place in places.items()):
-        return {name: places[name].absolute() if name in places else value for name, value in paths.items()}
-    gone = [str(place) for name, place in places.items() if paths.get(name) and not place.exists()]
-    told = (
-        f"the run {run.name} names {gone[0]}, which is not there"
-        if gone
-        else f"{checkpoint} lies in no run that names them"
-    )
-    fix = "name them: --override paths.graph=DIR, or -p graph_dir DIR of a pipeline or fine-tune"
-    raise ConfigError("paths.graph", "the data to fine-tune on", f"none, and {told}", fix)
-
-
-def locate_run_data(
-    config: Config,  # of the run
-    parent: str | Path | None,  # the checkpoint of a fine-tune
-) -> tuple[Config, list[str]]:  # with all paths filled, and lines that say what was filled
-    "`locate_data` for a run; a fine-tune that names no data has those of its parent."
-    paths = config.paths
-    if parent is None or any([paths.graph, paths.train_labels, paths.val_labels]):
-        return locate_data(config)
-    found = parent_data(parent)
-    filled = {name: value for name, value in found.items() if not getattr(paths, name)}
-    update = {name: Path(value) if name != "target_regex" else value for name, value in filled.items()}
-    located, notes = locate_data(config.model_copy(update={"paths": paths.model_copy(update=update)}))
-    return located, [f"no data given: using those of the parent, {found['graph']}", *notes]
