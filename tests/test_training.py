@@ -248,25 +248,33 @@ def test_a_run_that_cannot_start_leaves_nothing(tiny, tmp_path):
 # A slow training in a process of its own, to be stopped from outside.
 
 
-def train_slowly(tiny, folder: Path) -> None:
+def train_slowly(tiny, folder: Path, changes: dict[str, object]) -> None:
     "As a process; it ends as the command line would."
     step = TopoQAModule.training_step
     TopoQAModule.training_step = lambda self, *batch: (time.sleep(0.03), step(self, *batch))[1]
     try:
-        run_once(tiny, folder, "slow", trainer__num_epochs=500, early_stopping__patience=500)
+        run_once(tiny, folder, "slow", trainer__num_epochs=500, early_stopping__patience=500, **changes)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
 
 
-def start_slow_run(tiny, folder: Path) -> ForkProcess:
-    "Start it and wait until two epochs are recorded."
-    process = forked(train_slowly, tiny, folder)
+def epochs_of(folder: Path) -> int:
     metrics = folder / "slow" / "metrics" / "metrics.csv"
+    return len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
+
+
+def wait_for_epochs(process: ForkProcess, folder: Path, epochs: int) -> None:
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+    while epochs_of(folder) < epochs:
         assert process.is_alive(), "the run ended by itself"
         assert time.monotonic() < deadline, "no epoch was recorded in time"
         time.sleep(0.05)
+
+
+def start_slow_run(tiny, folder: Path, **changes: object) -> ForkProcess:
+    "Start it and wait until two epochs are recorded."
+    process = forked(train_slowly, tiny, folder, changes)
+    wait_for_epochs(process, folder, 2)
     return process
 
 
@@ -292,6 +300,19 @@ def test_a_stopped_run_keeps_its_best_checkpoint(tiny, tmp_path, signum, status)
     saved = metrics[metrics.epoch <= max(last, best["epoch"])]  # the best one is written before the last one
     assert best["epoch_row"]["selection_metric"] == pytest.approx(saved.selection_metric.min())
     assert not list(run.path.rglob("*.tmp")) or signum == signal.SIGKILL
+
+
+def test_a_run_stops_on_the_signals_that_it_chose(tiny, tmp_path):
+    process = start_slow_run(tiny, tmp_path, trainer__stop_signals=["SIGUSR1"])
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        os.kill(process.pid, signum)
+    wait_for_epochs(process, tmp_path, epochs_of(tmp_path) + 2)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(timeout=60)
+    assert process.exitcode == 128 + signal.SIGUSR1
+    record = read_record(tmp_path / "slow")
+    assert (record.status, record.reason) == ("interrupted", "stopped by SIGUSR1")
+    assert read_checkpoint(tmp_path / "slow/model_checkpoints/last.chkpt")["epoch"] >= 2
 
 
 # Is there something to learn, and is it learnt?

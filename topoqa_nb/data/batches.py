@@ -34,6 +34,7 @@ from topoqa_nb.data.labels import (
 from .store import GraphStore
 from ..ground.core import ConfigError, DataError, sha256_json
 from ..ground.settings import CoverageConfig
+from ..ground.signals import leave_stops_to_parent
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-008
 @dataclass(frozen=True)
@@ -313,6 +314,11 @@ def prepare_workers() -> None:
         fix = "set TMPDIR to a shorter path, or dataloader.num_workers to 0"
         raise ConfigError("TMPDIR", "a folder for the sockets of loader processes", found, fix)
 
+
+def _begin_loading(number: int) -> None:
+    "What a loader process does first."
+    leave_stops_to_parent()
+
 # %% ../../nbs/1_data/17_batches.ipynb #17-031
 class _Batches(Dataset):
     "Turns a list of positions into a batch."
@@ -350,5 +356,6 @@ def make_loader(
         sampler=EpochBatches(len(split), batch_size, shuffle, seed, together=together, limit=limit),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_begin_loading,
         generator=torch.Generator(),
     )

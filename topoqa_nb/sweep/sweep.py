@@ -73,9 +73,11 @@ def _is_named_after(run: RunDirectory, job: Job) -> bool:
 
 
 def _settings(parameters: Mapping) -> dict:
-    "A resolved configuration without the place of its runs."
+    "A resolved configuration without the place of its runs and without what stops them."
     known = complete_settings(parameters)
-    return known | {"paths": {key: value for key, value in known["paths"].items() if key != "save_dir"}}
+    for section, key in (("paths", "save_dir"), ("trainer", "stop_signals")):
+        known[section] = {name: value for name, value in known[section].items() if name != key}
+    return known
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-012
 def fingerprints_of(

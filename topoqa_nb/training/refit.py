@@ -24,8 +24,8 @@ from ..ground.settings import Config
 from ..runs.record import RunDirectory, RunRecord, check_not_original, read_record, update_metadata
 from ..runs.runs import create_run, read_metrics, update_best
 from .averaging import averaging
-from .callbacks import ProgressLines, RunRecorder
-from .devices import check_device, keep_freed_memory, torch_threads
+from .callbacks import LeftAlone, ProgressLines, RunRecorder
+from .devices import check_device, keep_freed_memory
 from .mlflow_store import check_tracking
 from .module import TopoQAModule, batches_together
 from .tracking import open_tracker
@@ -34,6 +34,7 @@ from topoqa_nb.training.training import (
     fresh_model,
     known_before,
     recorded,
+    run_process,
     trainer_arguments,
     training_loader,
     unfilled_memory,
@@ -155,7 +156,8 @@ def _fit(run: RunDirectory, config: Config, data: RunData, rates: Sequence[float
     together = batches_together(data.train, config.dataloader.batch_size, config.trainer)
     recorder = RefitRecorder(run)
     with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
-        called = [ProgressLines(), recorder, *averaging(config.trainer), LastEpoch(run, recorder), tracker]
+        called = [LeftAlone(), ProgressLines(), recorder, *averaging(config.trainer)]
+        called += [LastEpoch(run, recorder), tracker]
         arguments = trainer_arguments(config, together) | {"limit_val_batches": 0}
         Trainer(**arguments, callbacks=called).fit(module, training_loader(config, data, together))
 
@@ -191,7 +193,7 @@ def refit(
     check_tracking(config.mlflow)
     check_trainer(config)
     threads = record.environment["threads"]
-    with torch_threads(threads):
+    with run_process(config, threads):
         data = open_data(config)
         data = replace(data, train=joined(data))
         mark = {"of": validated.name, "epochs": len(rates), "decoys": len(data.train)}
@@ -199,7 +201,7 @@ def refit(
             validated.path.parent, run_name or f"{validated.name}_refit", loaded, config, command=command,
             sections=_sections(config, data, mark, threads),
         )  # fmt: skip
-        with held(run.path), recorded(run):
+        with held(run.path), recorded(run, config.trainer.stop_signals):
             _describe(run, config, data, mark, loaded.notes)
             _fit(run, config, data, rates, mark)
             log.info(f"Last epoch, the answer: {run.last_checkpoint}")

@@ -37,7 +37,7 @@ from ..runs.record import RunDirectory, check_not_original, read_metadata, updat
 from ..runs.runs import read_metrics
 from .averaging import averaged_state
 from .callbacks import has_stopped
-from .devices import check_device, kernel_of, torch_threads
+from .devices import check_device, kernel_of
 from .mlflow_store import check_tracking
 from .module import make_optimizer, make_scheduler
 from .rewind import Start, find_start, finish_rewinds, next_folder, rewind
@@ -49,6 +49,7 @@ from topoqa_nb.training.training import (
     fit,
     recorded,
     run_environment,
+    run_process,
 )
 from topoqa_nb.training.validation import (
     Parent,
@@ -122,7 +123,7 @@ def resumable_metadata(
 # %% ../../nbs/4_training/45_resume.ipynb #45-008
 NOT_DRIFT = (
     "trainer.num_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "dataloader.num_workers",
-    "logging.", "mlflow.", "paths.store", "paths.trust_pickles",
+    "trainer.stop_signals", "logging.", "mlflow.", "paths.store", "paths.trust_pickles",
 )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def drift(
     data: RunData,  # as it is now
     trained_on: FeatureSchema | None,  # of the checkpoint; None: there is none yet
 ) -> list[str]:  # a line per field; empty when the run can go on as it is
-    "What has changed since a run was started, apart from its length, its logging and its workers."
+    "What has changed since a run was started, apart from its length, its signals, its logging and its workers."
     recorded_config = _recorded_config(metadata)
     lines = [
         f"{key}: {before} in the run, {after} now"
@@ -455,7 +456,7 @@ def resume(
         check_rows(run, start.epoch)
         check_device(loaded.config.trainer)
         check_tracking(loaded.config.mlflow)
-        with torch_threads(metadata["environment"]["threads"]):
+        with run_process(loaded.config, metadata["environment"]["threads"]):
             data = open_data(loaded.config)
             changes = drift(metadata, loaded.config, data, start.schema)
             check_drift(run, changes, accept_drift)
@@ -467,7 +468,7 @@ def resume(
             parent = continued_parent(metadata, start, data, loaded.config)
             aside = rewind(run, start)
             note_resume(run, metadata, loaded, start, aside, changes)
-            with recorded(run):
+            with recorded(run, loaded.config.trainer.stop_signals):
                 say_resumed(metadata, checkpoint, start, aside, changes)
                 note_kernel(metadata["environment"]["kernel"], kernel_of(loaded.config.trainer))
                 go_on(run, loaded, data, parent, start)
