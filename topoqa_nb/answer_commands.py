@@ -80,6 +80,7 @@ def predict_command(
     skip_unreadable: Annotated[
         bool, typer.Option("--skip-unreadable", help="Leave out graphs that cannot be read.")
     ] = False,
+    executor: ExecutorOption = "local",
     no_store: Annotated[
         bool, typer.Option("--no-store", help="Read the files one by one; pack nothing.")
     ] = False,
@@ -92,7 +93,7 @@ def predict_command(
         from topoqa_nb.answers.predict import predict
 
     options = {"batch_size": batch_size, "skip_unreadable": skip_unreadable, "use_store": not no_store}
-    place = {"device": device, "run_root": run_root, "overwrite": overwrite}
+    place = {"device": device, "run_root": run_root, "overwrite": overwrite, "executor": executor}
     frame = predict(
         models, graph_dir, out, labels=labels, target_regex=target_regex, **place, options=options
     )
