@@ -96,7 +96,10 @@ class _Filing(Batch):
 
 
 def _keep_all(filing: _Filing) -> list[Kept]:
-    return [keep(outcome, filing.places) for outcome in filing.outcomes()]
+    "The names of the columns are the same in every graph, and come back once."
+    kept = [keep(outcome, filing.places) for outcome in filing.outcomes()]
+    columns = next((each.columns for each in kept if each.columns), ())
+    return [each._replace(columns=() if number else columns) for number, each in enumerate(kept)]
 
 
 def kept_on_cluster(
