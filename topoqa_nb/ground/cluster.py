@@ -128,7 +128,7 @@ def _start(ray: ModuleType, address: str | None, folder: Path) -> None:
     try:
         with _unchanged():
             ray.init(**quiet | place)
-    except (RuntimeError, ConnectionError, TimeoutError, ValueError, OSError) as problem:
+    except Exception as problem:  # of whatever kind Ray takes for it
         where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
         said = str(problem).strip().split("\n")[0]
         fix = "run the command on a node of the cluster, with its versions of Python and Ray"
