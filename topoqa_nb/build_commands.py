@@ -17,6 +17,7 @@ import typer
 from topoqa_nb.answer_commands import (
     BatchSize,
     Device,
+    ExecutorOption,
     Labels,
     ModelOption,
     Overwrite,
@@ -144,6 +145,7 @@ def build_command(
     config: Annotated[Path | None, typer.Option(help="YAML with module and params of each stage.")] = None,
     native: Annotated[Path | None, typer.Option(help="As of topoqa label: also write labels.")] = None,
     jobs: Processes = "auto",
+    executor: ExecutorOption = "local",
     hetero: _Hetero = None,
     coordinates: Annotated[
         Literal["xyz", "xyy"] | None,
@@ -166,7 +168,7 @@ def build_command(
         return 0
     if check:
         return _looked_at_again(structures, out, jobs)
-    report = build(structures, out, recipe, native=native, jobs=jobs)
+    report = build(structures, out, recipe, native=native, jobs=jobs, executor=executor)
     print(report.text())
     return 0 if report.ok else 1
 

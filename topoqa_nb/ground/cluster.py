@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANSWER_SECONDS', 'COMPARED', 'PROBE_SECONDS', 'load_ray', 'Resources', 'check_address', 'connected', 'Node',
-           'living_nodes', 'check_room', 'Sight', 'look_around', 'check_sight', 'check_nodes', 'lost_task', 'Executor',
-           'executor']
+           'living_nodes', 'check_room', 'Sight', 'look_around', 'check_sight', 'check_nodes', 'LostTask', 'lost_task',
+           'Executor', 'executor']
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-003
 import logging
@@ -327,6 +327,10 @@ def _answer(ray: ModuleType, node: Node, reference: "ObjectRef") -> Sight:
         raise lost_task(where, problem) from None
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-027
+class LostTask(ResourceError):
+    "A process or a node was gone before there was an answer, as often as it was tried."
+
+
 def lost_task(
     where: str,  # what was asked
     problem: Exception,  # of Ray
@@ -336,9 +340,7 @@ def lost_task(
         return cause
     said = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
     fix = "see what happened on its node (memory, topoqa_nb not installed), and start again"
-    return ResourceError(
-        where, "a process that answers", said[-1 if "ModuleNotFound" in str(problem) else 0], fix
-    )
+    return LostTask(where, "a process that answers", said[-1 if "ModuleNotFound" in str(problem) else 0], fix)
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-028
 @dataclass(eq=False)
