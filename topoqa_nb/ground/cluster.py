@@ -33,13 +33,20 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-006
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do some day, and warns of
+    "RAY_worker_niceness": "0",  # of a cluster that is started here; else 15, behind everybody else
+}
+
+
 @contextmanager
 def _unchanged() -> Iterator[None]:
     "Signals and variables are afterwards as they were."
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {each: signal.getsignal(each) for each in signal.valid_signals()} if in_main else {}
     before = dict(os.environ)
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ.update(_QUIET | os.environ)
     try:
         yield
     finally:
