@@ -158,7 +158,6 @@ class RayJob:
     host: str = "a node that had not answered"
 
     def __post_init__(self) -> None:
-        "Ask for a place, and there for a process."
         self.actor: ActorHandle | None = self.actors.take(self.resources)
         self.placed: ObjectRef = self.actor.is_placed.remote()
         self.asked: ObjectRef = self.actor.start.remote(self.task)
@@ -167,6 +166,9 @@ class RayJob:
         "The return code, None while it runs, or waits for room."
         if self.returncode is None and _is_there(self.asked):
             _hear(self, load_ray())
+        elif self.actor and self.actors.idle and not _is_there(self.placed):  # one that is idle has the room
+            load_ray().kill(self.actor)
+            self.__post_init__()
         return self.returncode
 
     def send_signal(self, signum: int) -> None:
@@ -234,16 +236,16 @@ class Actors:
     "Hosts on the nodes of a cluster."
 
     modules: Sequence[str]  # imported before the first process is made
-    idle: dict[str, list["ActorHandle"]] = field(default_factory=dict)  # by what they hold
+    idle: list[tuple[dict[str, float], "ActorHandle"]] = field(default_factory=list)  # with what they hold
 
     def take(self, resources: Resources) -> "ActorHandle":
         "One that holds so much: an idle one, or a new one."
         ray = load_ray()
-        while waiting := self.idle.get(str(resources.options)):
-            actor = waiting.pop()
+        for place in [place for place in self.idle if place[0] == resources.options]:
+            self.idle.remove(place)
             with contextlib.suppress(ray.exceptions.RayError):  # lost meanwhile
-                ray.get(actor.is_placed.remote(), timeout=LOOK_SECONDS)
-                return actor
+                ray.get(place[1].is_placed.remote(), timeout=LOOK_SECONDS)
+                return place[1]
         self.forget()
         return ray.remote(**resources.options)(Host).remote(self.modules, str(Path.cwd()))
 
@@ -258,13 +260,13 @@ class Actors:
         with contextlib.suppress(ray.exceptions.RayError):
             if is_placed:
                 ray.get(actor.end.remote(), timeout=STOP_SECONDS)
-                self.idle.setdefault(str(resources.options), []).append(actor)
+                self.idle.append((resources.options, actor))
                 return
         ray.kill(actor)
 
     def forget(self) -> None:
         "Nothing is held for later."
-        for actor in [actor for actors in self.idle.values() for actor in actors]:
+        for _, actor in self.idle:
             load_ray().kill(actor)
         self.idle.clear()
 
