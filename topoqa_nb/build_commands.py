@@ -185,6 +185,7 @@ def score_command(
     batch_size: BatchSize = 64,
     device: Device = "auto",
     jobs: Processes = "auto",
+    executor: ExecutorOption = "local",
     split_on_ter: SplitOnTer = False,
     overwrite: Overwrite = False,
     run_root: RunRoot = RUN_ROOT,
@@ -197,7 +198,7 @@ def score_command(
 
     options = {"labels": labels, "target_regex": target_regex, "batch_size": batch_size, "device": device}
     place = {"run_root": run_root, "overwrite": overwrite, "jobs": jobs, "split_on_ter": split_on_ter}
-    report = score(structures, models, out, **options, **place)
+    report = score(structures, models, out, executor=executor, **options, **place)
     lines = reason_lines("without a graph", report.failures)
     if out is None:
         print(report.table.to_csv(index=False), end="")

@@ -243,14 +243,14 @@ def fill(
     ask: Callable[
         [list[int]], Iterable[tuple[int, Scores]]
     ],  # missing numbers -> number, scores; in any order
-) -> Scores:
-    "Ask for what is missing, and join all. Raises what is raised there, and `DataError` when nothing has a score."
+) -> Scores:  # perhaps of none; without a schema
+    "Ask for what is missing, and join all. Raises what is raised there."
     missing, asked = shards.missing(), shards.question
     here = asked.shards - len(missing)
     if here:
         say(f"{here} of {asked.shards} shards were scored before")
     try:
-        with reported(len(missing) * asked.shard, "scoring") as advance:
+        with reported(min(len(missing) * asked.shard, asked.count), "scoring") as advance:
             for number, scores in ask(missing) if missing else ():
                 shards.keep(number, scores)
                 here += 1
@@ -260,7 +260,7 @@ def fill(
             f"{here} of {asked.shards} shards are kept in {shards.folder}; the same command goes on from there"
         )
         raise
-    return check_some(shards.scores())
+    return shards.scores()
 
 # %% ../../nbs/5_answers/50ba_shards.ipynb #50ba-022
 @dataclass(frozen=True)
@@ -350,7 +350,7 @@ def scored_on_cluster(
         if _states(graph_dir) != states:
             fix = "start again when the build or copy is complete"
             raise DataError(graph_dir, "files that stay as they are while they are scored", "changes", fix)
-        yield replace(scores, schema=schema)
+        yield replace(check_some(scores), schema=schema)
 
 # %% ../../nbs/5_answers/50ba_shards.ipynb #50ba-027
 def _states(graph_dir: Path) -> dict[str, tuple[int, int]]:

@@ -41,6 +41,7 @@ class BuildParameters(BaseModel):
     params: tuple[str, ...] = Field((), description="stage.key=value, such as interface.cutoff=14.")
     split_on_ter: StrictBool = Field(False, description="A TER record ends a chain of the same name.")
     jobs: int | Literal["auto"] = Field("auto", description="Processes; auto: one a core.")
+    executor: Literal["local", "ray"] = Field("local", description="This machine, or a Ray cluster.")
 
 
 def build_of(
@@ -53,7 +54,8 @@ def build_of(
         structures, native = [demo / "structures"], native or demo / "natives"
     params = [*parameters.params, *["interface.split_on_ter=true"] * parameters.split_on_ter]
     recipe = load_recipe(parameters.config, parameters.modules, params)
-    return build(structures, parameters.out, recipe, native=native, jobs=parameters.jobs, tell=False)
+    how = {"jobs": parameters.jobs, "executor": parameters.executor, "tell": False}
+    return build(structures, parameters.out, recipe, native=native, **how)
 
 # %% ../../nbs/9_build/98f_build_report.ipynb #98f-009
 def feature_ranges(
