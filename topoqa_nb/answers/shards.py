@@ -44,7 +44,7 @@ from topoqa_nb.ground.core import (
 )
 from ..ground.machine import package_versions
 from ..ground.signals import Interrupted
-from ..ground.tasks import as_they_come, on_cluster
+from ..ground.tasks import AHEAD, as_they_come, on_cluster
 
 # %% ../../nbs/5_answers/50ba_shards.ipynb #50ba-007
 class _Part(BaseModel):
@@ -364,5 +364,5 @@ def _ask(tasks: Iterator[_Graphs], inputs: Sequence[Path], device: str) -> Itera
 
 
 def _answers(calls: Executor, tasks: Iterator[_Graphs], room: int) -> Iterator[tuple[int, Scores]]:
-    for task, future in as_they_come(calls, _score_graphs, tasks, 2 * room):
+    for task, future in as_they_come(calls, _score_graphs, tasks, AHEAD * room):
         yield task.number, future.result()

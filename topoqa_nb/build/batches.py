@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .outputs import Places, graph_bytes, save_graph_file
-from .workers import AHEAD, Job, Outcome, outcomes, process_count
+from .workers import Job, Outcome, outcomes, process_count
 from ..ground.cluster import LostTask, Resources
 from ..ground.core import remove_temporaries
-from ..ground.tasks import as_they_come, is_cluster, on_cluster
+from ..ground.tasks import AHEAD, as_they_come, is_cluster, on_cluster
 
 # %% ../../nbs/9_build/97f_batches.ipynb #97f-006
 class Kept(NamedTuple):
