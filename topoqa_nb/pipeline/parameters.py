@@ -72,9 +72,7 @@ class PipelineParameters(BaseModel):
     )
     ensemble: Ensemble = Field("auto", description="A mean of runs as answer: auto, off or on.")
     families: Path | None = Field(None, description="CSV with target and family, for intervals.")
-    executor: ExecutorName = Field(
-        "local", description="Where runs are started: local, or ray for a cluster."
-    )
+    executor: ExecutorName = Field("local", description="Where runs are started: local or ray.")
     fast_dev_run: StrictBool = Field(False, description="One batch per run.")
     overrides: Overrides = Field({}, description="Change a configuration key; repeatable.")
     phase_overrides: Overrides = Field({}, description="As --override, for the fine-tunes alone.")
