@@ -25,6 +25,7 @@ from topoqa_nb import (  # noqa: F401  they register their commands
     pipeline_commands,
     report_command,
 )
+from .answer_commands import ExecutorOption
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground import console
 from .ground.config import dump_config, load_config
@@ -250,9 +251,7 @@ def batch_command(
     override: Override = [],  # noqa: B006
     output_root: Annotated[Path | None, typer.Option("--run-root", help="Run root of all jobs.")] = None,
     jobs: Jobs = 1,
-    executor: Annotated[  # in the help when there is a second one that works
-        Literal["local", "ray"], typer.Option(hidden=True, help="Where jobs run.")
-    ] = "local",
+    executor: ExecutorOption = "local",
     skip_completed: Annotated[
         bool, typer.Option("--skip-completed", help="Do not repeat completed jobs.")
     ] = False,
@@ -261,7 +260,8 @@ def batch_command(
 ) -> int:
     "Run every job of a manifest."
     find_file(manifest, "manifests", [Path.cwd()])
-    with nullcontext() if dry_run else ForkServer(PRELOADED) as server:
+    is_here = executor == "local" and not dry_run
+    with ForkServer(PRELOADED) if is_here else nullcontext() as server:
         with fast_import():
             from topoqa_nb.sweep.manifest import describe_job, load_manifest, plan_jobs
 

@@ -33,13 +33,20 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-006
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do some day, and warns of
+    "RAY_worker_niceness": "0",  # of a cluster that is started here; else 15, behind everybody else
+}
+
+
 @contextmanager
 def _unchanged() -> Iterator[None]:
     "Signals and variables are afterwards as they were."
     in_main = threading.current_thread() is threading.main_thread()
     handlers = {each: signal.getsignal(each) for each in signal.valid_signals()} if in_main else {}
     before = dict(os.environ)
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ.update(_QUIET | os.environ)
     try:
         yield
     finally:
@@ -128,7 +135,7 @@ def _start(ray: ModuleType, address: str | None, folder: Path) -> None:
     try:
         with _unchanged():
             ray.init(**quiet | place)
-    except (RuntimeError, ConnectionError, TimeoutError, ValueError, OSError) as problem:
+    except Exception as problem:  # of whatever kind Ray takes for it
         where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
         said = str(problem).strip().split("\n")[0]
         fix = "run the command on a node of the cluster, with its versions of Python and Ray"

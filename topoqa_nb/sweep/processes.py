@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STOP_SECONDS', 'REAP_SECONDS', 'PRELOADED', 'ONE_THREAD', 'interpret', 'become', 'end_processes', 'serve', 'Forked',
-           'ForkServer']
+           'Plain', 'ForkServer']
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-003
 import contextlib
@@ -160,6 +160,14 @@ def serve(
             running.remove(number)
             _answer(answers, ended=number, code=code)
 
+# %% ../../nbs/6_sweep/61_processes.ipynb #61-133
+def _end_session(process: "subprocess.Popen | Forked") -> None:
+    "End a process together with whatever it started."
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)  # one that has only just begun has no session yet
+    process.wait()
+
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-013
 @dataclass(eq=False)
 class Forked:
@@ -186,6 +194,8 @@ class Forked:
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 os.kill(self.pid, signum)
+
+    end = _end_session
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-118
 @dataclass
@@ -303,14 +313,16 @@ def _living(server: _ServerProcess) -> _ServerProcess:
     return _ServerProcess(server.modules, server.errors)
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-130
-def _plain(
-    arguments: Sequence[str], environment: Mapping[str, str], out: BinaryIO, err: BinaryIO
-) -> subprocess.Popen:
+class Plain(subprocess.Popen):
     "A process that imports by itself."
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-    )  # fmt: skip
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], out: BinaryIO, err: BinaryIO
+    ):
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        super().__init__([sys.executable, *arguments], env=environment, start_new_session=True, **streams)
+
+    end = _end_session
 
 
 def _request(
@@ -349,11 +361,11 @@ class ForkServer(contextlib.AbstractContextManager):
         environment: Mapping[str, str],  # all of it
         output: Path,  # for standard output; emptied
         errors: Path,  # for standard error; emptied
-    ) -> subprocess.Popen | Forked:
+    ) -> Plain | Forked:
         "Start a process in a session of its own, as soon as the server is ready. Raises `RunError` when it cannot be."
         with output.open("wb") as out, errors.open("wb") as err:
             if self.server is None:
-                return _plain(arguments, environment, out, err)
+                return Plain(arguments, environment, out, err)
         while not self.is_ready():
             self.server.listen(wait=True)
         return self.server.ask(_request(arguments, environment, output, errors))

@@ -8,6 +8,7 @@ __all__ = ['NOT_DRIFT', 'resumable_metadata', 'drift', 'check_drift', 'check_end
            'finish_configuration', 'note_resume', 'resume']
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-003
+import os
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from topoqa_nb.ground.core import (
     write_text,
 )
 from ..ground.files import as_written
-from ..ground.machine import process_state
+from ..ground.machine import RETRY_VARIABLE, process_state
 from ..ground.settings import Config, PrimaryMetric, wrong_value
 from ..network.weights import load_model
 from ..runs.record import RunDirectory, check_not_original, read_metadata, update_metadata
@@ -424,6 +425,8 @@ def note_resume(
         write_text(aside / _NEXT_CONFIG, text)
     source = start.source.name if start.source else None
     entry = {"at": now(), "checkpoint": source, "after_epoch": start.epoch, "overrides": loaded.overrides}
+    if why := os.environ.get(RETRY_VARIABLE):
+        entry["because"] = why
     entry |= {"moved_to": aside.relative_to(run.path) if aside else None, "drift": changes}
     update_metadata(
         run, status="running", completed=None, reason=None, ending=None,
