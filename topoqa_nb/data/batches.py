@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Coverage', 'Split', 'load_split', 'shared_between', 'few', 'coverage_report', 'split_table', 'check_coverage',
            'data_fingerprint', 'first_decoys', 'split_fingerprint', 'epoch_order', 'limited', 'share', 'EpochBatches',
-           'counted', 'weight', 'prepare_workers', 'make_loader']
+           'counted_graphs', 'rank_weight', 'prepare_workers', 'make_loader']
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-004
 import math
@@ -314,7 +314,7 @@ class EpochBatches(Sampler):
         return (torch.cat(own[start : start + self.together]).tolist() for start in starts)
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-114
-def counted(
+def counted_graphs(
     batches: EpochBatches,
     number: int,  # of a batch, from 0
 ) -> tuple[int, int]:
@@ -325,12 +325,12 @@ def counted(
     return end - first, whole
 
 
-def weight(
+def rank_weight(
     batches: EpochBatches,
     number: int,  # of a batch, from 0
 ) -> float:  # 1.0, except in a short last batch; 0.0 for a process without a graph of it
     "What a mean over this process's graphs counts, so that the mean of all processes is that of all graphs."
-    own, whole = counted(batches, number)
+    own, whole = counted_graphs(batches, number)
     return batches.ranks * own / whole
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-301

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'Place', 'place_of', 'RanksEnvironment', 'lightning_place', 'rank_facts', 'gathered', 'weights_of_first',
-           'rank_seed', 'meeting_point', 'meet', 'wait_for', 'connected', 'Followers', 'watched']
+           'rank_seed', 'meeting_point', 'meet', 'wait_for', 'connected', 'rank_log', 'Followers', 'watched']
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-003
 import json
@@ -202,14 +202,15 @@ _LOOK = 0.05  # seconds between two looks
 def wait_for(
     store: dist.TCPStore,  # of rank 0
     keys: Mapping[str, str],  # what is waited for, and who writes it
-    still: Callable[[], object] = lambda: None,  # raises when there is no use in waiting
+    lost: Callable[[], TrainingError | None] = lambda: None,  # why there is no use in waiting
     patience: timedelta = PATIENCE,
 ) -> None:
     "Wait until somebody has written something, in a way that a signal can end. Raises `TrainingError`."
     end = time.monotonic() + patience.total_seconds()
     for key, who in keys.items():
         while not _is_written(store, key):
-            still()
+            if problem := lost():
+                raise problem
             if time.monotonic() > end:
                 fix = "see whether the same command was started on every machine, and what it says there"
                 raise TrainingError(who, f"a sign within {patience}", "none", fix)
@@ -258,6 +259,14 @@ def _interface(place: Place) -> Iterator[None]:
         del os.environ[name]
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-100
+def rank_log(
+    logs: Path,  # folder `logs/` of the run
+    rank: int,
+) -> Path:
+    "What a follower says, and its errors."
+    return logs / f"rank_{rank}.log"
+
+
 def _started(place: Place, log: BinaryIO) -> subprocess.Popen:
     "A process that follows this one; it is told its place, and whose end is its own."
     told = json.dumps(asdict(place) | {"parent": os.getpid()})
@@ -284,27 +293,15 @@ class Followers:
         "Start them."
         self.logs.mkdir(parents=True, exist_ok=True)
         for place in self.places:
-            with self.log(place.rank).open("ab") as log:
+            with rank_log(self.logs, place.rank).open("ab") as log:
                 self.processes[place.rank] = _started(place, log)
-
-    def log(
-        self,
-        rank: int,
-    ) -> Path:
-        "What a process says, and its errors."
-        return self.logs / f"rank_{rank}.log"
 
     def fallen(self) -> TrainingError | None:
         "Who has ended that should not have, and why."
-        for rank, process in self.processes.items():
+        for rank, process in list(self.processes.items()):  # a thread looks, too
             if process.poll() is not None:
-                return _early_end(rank, process.returncode, self.log(rank))
+                return _early_end(rank, process.returncode, rank_log(self.logs, rank))
         return None
-
-    def check(self) -> None:
-        "Raise `TrainingError` when one has ended too early."
-        if fallen := self.fallen():
-            raise fallen
 
     def stop(self, seconds: float = 0.0) -> None:
         "Wait for their end, or make one."
