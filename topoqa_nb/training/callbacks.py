@@ -362,6 +362,12 @@ def store_checkpoint(
     for dropped in {each.filename for each in before} - {each.filename for each in ranking.candidates}:
         (folder / dropped).unlink(missing_ok=True)
 
+
+def _take_part(folder: Path, new: Candidate, *more: object) -> None:
+    "What another rank than the first does of it: nothing is written, and nobody waits for it."
+    save = more[-1]
+    save(folder / new.filename)
+
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-048
 class RankedCheckpoints(Checkpoint):
     "Keeps the best epochs and the last one in `model_checkpoints/`, with links that are right after every epoch."
@@ -393,8 +399,8 @@ class RankedCheckpoints(Checkpoint):
         before, candidates = self.candidates, [*self.candidates, new]
         ranking = Ranking(*kept(candidates, self.primary_metric, take=self.take))
         self.candidates = ranking.candidates  # the checkpoint that is saved now holds itself
-        folder, primary = self.run.checkpoints, self.primary_metric
-        store_checkpoint(folder, new, ranking, before, primary, trainer.save_checkpoint)
+        folder, store = self.run.checkpoints, store_checkpoint if trainer.is_global_zero else _take_part
+        store(folder, new, ranking, before, self.primary_metric, trainer.save_checkpoint)
 
     def state_dict(self) -> dict[str, object]:
         return {"candidates": [plain_candidate(each) for each in self.candidates]}

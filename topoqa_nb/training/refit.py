@@ -28,19 +28,23 @@ from .callbacks import ProgressLines, RunRecorder
 from .devices import check_device, keep_freed_memory, torch_threads
 from .mlflow_store import check_tracking
 from .module import TopoQAModule, batches_together
-from .tracking import open_tracker
-from topoqa_nb.training.training import (
+from topoqa_nb.training.steps import (
     check_trainer,
     fresh_model,
-    known_before,
-    recorded,
     trainer_arguments,
     training_loader,
     unfilled_memory,
-    write_facts,
 )
+from .tracking import open_tracker
+from .training import known_before, recorded, write_facts
 
 # %% ../../nbs/4_training/46_refit.ipynb #46-007
+def _ranks(record: RunRecord) -> int:
+    "The processes of a run; one where nobody wrote it down."
+    ranks = record.environment.get("ranks", 1)
+    return ranks if isinstance(ranks, int) and ranks > 0 else 1
+
+
 def chosen_rates(
     run: RunDirectory,  # that was validated
     record: RunRecord,  # of this run
@@ -59,11 +63,17 @@ def chosen_rates(
 def refit_config(
     config: Config,  # of the run
     epochs: int,
+    ranks: int = 1,  # processes of the run, whose batches become one
 ) -> Config:
-    "The recipe, for a fixed number of epochs."
-    trainer = config.trainer.model_copy(update={"num_epochs": epochs})
+    "The recipe, for a fixed number of epochs and in one process."
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    changes = {
+        "trainer": alone | {"num_epochs": epochs},
+        "dataloader": {"batch_size": config.dataloader.batch_size * ranks},
+        "checkpoint": {"take": "last"},
+    }
     return config.model_copy(
-        update={"trainer": trainer, "checkpoint": config.checkpoint.model_copy(update={"take": "last"})}
+        update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
     )
 
 # %% ../../nbs/4_training/46_refit.ipynb #46-010
@@ -186,7 +196,7 @@ def refit(
     record = read_record(validated)
     rates = chosen_rates(validated, record)
     loaded = load_config(validated.config_file)
-    config = refit_config(loaded.config, len(rates))
+    config = refit_config(loaded.config, len(rates), _ranks(record))
     check_device(config.trainer)
     check_tracking(config.mlflow)
     check_trainer(config)
