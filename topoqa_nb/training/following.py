@@ -7,8 +7,10 @@ __all__ = ['Plan', 'leading', 'follow', 'follow_leader', 'joins']
 
 # %% ../../nbs/4_training/43e_following.ipynb #43e-003
 import json
+import logging
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +75,7 @@ def follow(
     run, config = RunDirectory(plan.run), load_config(RunDirectory(plan.run).config_file).config
     check_device(config.trainer)
     keep_freed_memory()
-    with torch_threads(plan.threads):
+    with torch_threads(plan.threads), _quiet():
         data = open_data(config)
         _check_same(data, plan, place)
         torch.manual_seed(config.dataloader.seed)
@@ -90,6 +92,19 @@ def _check_same(data: RunData, plan: Plan, place: Place) -> None:
         expected, found = f"data {plan.fingerprint[:12]}, as rank 0", data.fingerprint[:12]
         fix = "let all machines see the same files, for example on shared storage"
         raise DataError(f"rank {place.rank}", expected, found, fix)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    "What Lightning and others remark stands in the log of rank 0."
+    logger = logging.getLogger("pytorch_lightning")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logger.setLevel(before)
 
 # %% ../../nbs/4_training/43e_following.ipynb #43e-101
 def follow_leader(

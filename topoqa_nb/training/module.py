@@ -344,10 +344,9 @@ class TopoQAModule(ResumableModule):
 
     def training_step(self, batch, batch_index: int) -> torch.Tensor:
         losses, together = part_losses(self.model(batch), batch), self.batches.together
-        first, window = batch_index * together, self.trainer.accumulate_grad_batches * together
-        numbers = range(first, first + len(losses))
-        count_losses(self.losses, losses, _graphs(self.batches, numbers), (self.current_epoch, first))
-        scales = _scales(self.batches, numbers, window)
+        numbers = range(batch_index * together, batch_index * together + len(losses))
+        count_losses(self.losses, losses, _graphs(self.batches, numbers), (self.current_epoch, numbers[0]))
+        scales = _scales(self.batches, numbers, self.trainer.accumulate_grad_batches * together)
         return sum(loss * scale for loss, scale in zip(losses, scales, strict=True)) / together
 
     def train_loss(self) -> float:
@@ -362,8 +361,9 @@ class TopoQAModule(ResumableModule):
 
     def on_validation_epoch_end(self) -> None:
         self.epoch_row = _epoch_row(self, self.scores.metrics())
-        logged = {"val_loss", "selection_metric", self.config.selection.primary_metric}
-        self.log_dict({name: self.epoch_row[name] for name in sorted(logged)})
+        logged = sorted({"val_loss", "selection_metric", self.config.selection.primary_metric})
+        several = self.trainer.world_size > 1  # all have the same values
+        self.log_dict({name: self.epoch_row[name] for name in logged}, sync_dist=several)
 
 # %% ../../nbs/4_training/41_module.ipynb #41-039
 VALIDATION_BATCH = 64  # graphs at least; where nothing is learnt, large batches only save time

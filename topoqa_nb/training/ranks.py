@@ -123,12 +123,19 @@ class RanksEnvironment(ClusterEnvironment):
 PATIENCE = timedelta(minutes=10)  # for ranks to come, and for an answer of those that are there
 
 
+class _RanksStrategy(DDPStrategy):
+    "Lightning's, in processes that are there already; also in a notebook."
+
+    def _configure_launcher(self) -> None:
+        self._launcher = None
+
+
 def lightning_place(
     trainer: TrainerConfig,  # the section `trainer`
     place: Place,  # of this process
 ) -> dict[str, object]:
     "What Lightning's `Trainer` is told of the processes."
-    several = {"strategy": DDPStrategy(timeout=PATIENCE, broadcast_buffers=False)} if place.ranks > 1 else {}
+    several = {"strategy": _RanksStrategy(timeout=PATIENCE)} if place.ranks > 1 else {}
     return {"devices": processes_here(trainer), "num_nodes": trainer.num_nodes} | several
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-120

@@ -46,6 +46,7 @@ from topoqa_nb.training.ranks import (
     RanksEnvironment,
     lightning_place,
     place_of,
+    rank_log,
     weights_of_first,
 )
 from .validation import batch_sizes, judged_on
@@ -119,10 +120,18 @@ def unfilled_memory() -> Iterator[None]:
 
 # %% ../../nbs/4_training/43d_steps.ipynb #43d-016
 class RankRows(Callback):
-    "The validation of each epoch, as this rank has it."
+    "The validation of each epoch, as a rank has it, goes to its log."
+
+    def __init__(
+        self,
+        file: Path,  # a line is added to it for each epoch
+    ):
+        self.file = file
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        print(json.dumps(plain(module.epoch_row)), flush=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(plain(module.epoch_row)) + "\n")
 
 # %% ../../nbs/4_training/43d_steps.ipynb #43d-017
 def make_callbacks(
@@ -141,7 +150,8 @@ def make_callbacks(
         stopping.best_score = torch.tensor(score[primary])
     ranked = RankedCheckpoints(run, primary, score, read_record(run).identity, config.checkpoint.take)
     if rank:
-        return [ProgressLines(), stopping, ranked, RankRows(), *averaging(config.trainer)]
+        rows = RankRows(rank_log(run.log_file.parent, rank))
+        return [ProgressLines(), stopping, ranked, rows, *averaging(config.trainer)]
     recorder = RunRecorder(run, score["val_loss"] if score else math.inf, config.logging.log_lr)
     callbacks = [ProgressLines(), recorder, stopping, ranked, MetadataWriter(run, recorder, ranked)]
     callbacks += averaging(config.trainer)
