@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..data.dataset import RunData, open_data
 from ..ground.config import load_config
+from ..ground.console import say
 from ..ground.core import ConfigError, DataError, TrainingError, now
 from ..ground.settings import Config, TrainerConfig
 from ..ground.signals import stop_with_parent
@@ -74,6 +75,8 @@ def follow(
     plan = Plan.model_validate_json(store.get("plan"))
     run, config = RunDirectory(plan.run), load_config(RunDirectory(plan.run).config_file).config
     check_device(config.trainer)
+    if not place.local:  # somebody has started this command
+        say(f"Rank {place.rank} of {place.ranks} follows {place.address}:{place.port} in the run {run.path}")
     keep_freed_memory()
     with torch_threads(plan.threads), _quiet():
         data = open_data(config)
@@ -93,7 +96,7 @@ def _check_same(data: RunData, plan: Plan, place: Place) -> None:
         fix = "let all machines see the same files, for example on shared storage"
         raise DataError(f"rank {place.rank}", expected, found, fix)
 
-
+# %% ../../nbs/4_training/43e_following.ipynb #43e-105
 @contextmanager
 def _quiet() -> Iterator[None]:
     "What Lightning and others remark stands in the log of rank 0."
@@ -114,6 +117,7 @@ def follow_leader(
     place = json.loads(told)
     stop_with_parent(place.pop("parent"), signal.SIGKILL)  # it writes nothing that could be left half-done
     follow(Place(**place))
+    os._exit(0)  # the leader waits for this end, and tidying memory would take a second
 
 
 def joins(

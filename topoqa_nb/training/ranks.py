@@ -10,6 +10,7 @@ __all__ = ['ALONE', 'PATIENCE', 'Place', 'place_of', 'RanksEnvironment', 'lightn
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-003
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -346,6 +347,9 @@ class Followers:
         self.processes.clear()
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-027
+_WELL = "a process that trains to the end"
+
+
 def _early_end(rank: int, code: int, log: Path) -> TrainingError:
     "What to say of a rank that is gone."
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
@@ -353,16 +357,16 @@ def _early_end(rank: int, code: int, log: Path) -> TrainingError:
     found = f"one that ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}: {said}"
     cause = "; SIGKILL without a sender is a lack of memory" if code == -signal.SIGKILL else ""
     fix = f"see {log.name} beside training.log{cause}; then topoqa resume --checkpoint last"
-    return TrainingError(f"rank {rank}", "a process that trains to the end", found, fix)
+    return TrainingError(f"rank {rank}", _WELL, found, fix)
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-030
-_LAST_WORDS = 3.0  # seconds after a failure in which a process that caused it is gone, too
 _OWN_END = 30.0  # seconds that followers have to end after the last epoch
 _STUCK = 15.0  # seconds in which the main thread comes back when a rank is gone
 
 
 @contextmanager
 def watched(
+    place: Place,  # of this process
     followers: Followers,  # started inside of this
     store: dist.Store,  # of rank 0
     give_up: Callable[[TrainingError], object],  # records the end and ends this process
@@ -370,12 +374,13 @@ def watched(
 ) -> Iterator[None]:
     "Raise `TrainingError`, naming a rank, when one ends inside of this; end those of this machine afterwards."
     done = threading.Event()
-    threading.Thread(target=_look_after, args=(followers, done, give_up, stuck), daemon=True).start()
+    signs = place, store, done
+    threading.Thread(target=_look_after, args=(followers, *signs, give_up, stuck), daemon=True).start()
     try:
         yield
         followers.stop(_OWN_END)
     except Exception as problem:
-        reason = None if isinstance(problem, TopoqaError) else _who_fell(followers, store, problem)
+        reason = None if isinstance(problem, TopoqaError) else _who_fell(place, followers, store, problem)
         _tell(store, reason or problem)
         if reason:
             raise reason from problem
@@ -385,28 +390,49 @@ def watched(
         followers.stop()
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-031
-def _look_after(followers: Followers, done: threading.Event, give_up: Callable, stuck: float) -> None:
-    "In a thread: the last resort."
-    while not done.wait(1.0):
+def _look_after(
+    followers: Followers,
+    place: Place,
+    store: dist.Store,
+    done: threading.Event,
+    give_up: Callable,
+    stuck: float,
+) -> None:
+    "In a thread: a sign of life each second, and the last resort."
+    while not done.wait(_SIGN):
+        with suppress(RuntimeError):  # rank 0 is gone
+            store.add(f"sign/{place.rank}", 1)
         if (fallen := followers.fallen()) and not done.wait(stuck):
             give_up(fallen)
             return
 
 
-def _who_fell(followers: Followers, store: dist.Store, problem: Exception) -> TrainingError | None:
+def _who_fell(
+    place: Place, followers: Followers, store: dist.Store, problem: Exception
+) -> TrainingError | None:
     "Who is gone, or will be in a moment; None when a problem is nobody else's."
-    end = time.monotonic() + _LAST_WORDS
+    before, end = _signs(place, store), time.monotonic() + _LAST_WORDS
     while not (fallen := followers.fallen()) and time.monotonic() < end:
         time.sleep(_LOOK)
-    said = str(problem).partition("\n")[0]
-    if fallen or not isinstance(problem, RuntimeError) or not any(each in said for each in _BROKEN):
+    said = re.sub(r"^\[.*?\] ", "", str(problem).partition("\n")[0]).partition(". This")[0]
+    if fallen or not isinstance(problem, RuntimeError) or not re.search(_BROKEN, said):
         return fallen
-    told = _told(store)
+    after = _signs(place, store)
+    silent = [f"rank {rank}" for rank in before if before[rank] == after.get(rank)]
     fix = "see what the commands on the other machines say; then topoqa resume --checkpoint last"
-    return TrainingError("another rank", "a process that answers", told or said, fix)
+    return TrainingError(" and ".join(silent) or "another rank", _WELL, _told(store) or f"none: {said}", fix)
+
+# %% ../../nbs/4_training/40a_ranks.ipynb #40a-140
+_SIGN = 1.0  # seconds between two signs of life
+_LAST_WORDS = 3.0  # seconds after a failure in which a process that caused it is gone, or gives no sign
+_BROKEN = "onnection (closed|reset)|imed out|NCCL|gloo"  # what errors of a connection say
 
 
-_BROKEN = ("onnection closed", "onnection reset", "imed out", "NCCL", "gloo")  # of a connection, in an error
+def _signs(place: Place, store: dist.Store) -> dict[int, int]:
+    "How many signs of life each other rank has given; none when rank 0 is gone."
+    with suppress(RuntimeError):
+        return {rank: store.add(f"sign/{rank}", 0) for rank in range(place.ranks) if rank != place.rank}
+    return {}
 
 
 def _tell(store: dist.Store, problem: Exception) -> None:
@@ -432,7 +458,7 @@ def in_company(
     "Inside of this the ranks can compute together. The first process of a machine has the others started, watched and ended."
     followers = Followers(place, 1 if place.local else processes_here(config.trainer), logs)
     try:
-        with watched(followers, store, give_up):
+        with watched(place, followers, store, give_up):
             followers.start()
             store.set(f"ready/{place.rank}", "")
             ready = {f"ready/{rank}": f"rank {rank}" for rank in range(place.ranks)}
