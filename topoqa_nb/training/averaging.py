@@ -15,10 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..ground.settings import TrainerConfig
 
-# %% ../../nbs/4_training/42a_averaging.ipynb #42a-006
-_LAST_SHARE = 4  # the last quarter of the epochs, one at least
-
-
+# %% ../../nbs/4_training/42a_averaging.ipynb #42a-603
 class _Average(WeightAveraging):
     "Lightning's, which would keep the average in 32 bit although a network is to have 64."
 
@@ -40,6 +37,9 @@ class AllSteps(_Average):
     @property
     def state_key(self) -> str:
         return "WeightAveraging"  # as earlier versions have saved it
+
+# %% ../../nbs/4_training/42a_averaging.ipynb #42a-006
+_LAST_SHARE = 4  # the last quarter of the epochs, one at least
 
 
 class LastEpochs(_Average):
