@@ -196,6 +196,11 @@ def training_loader(
     given |= {"rank": place.rank, "ranks": place.ranks}
     return make_loader(data.train, batch_size=loading.batch_size, shuffle=True, **given)
 
+# %% ../../nbs/4_training/43d_steps.ipynb #43d-101
+def _keep_handlers(trainer: Trainer) -> None:
+    "Leave signals to the handlers that are there; Lightning has no public way to say so."
+    trainer._signal_connector.register_signal_handlers = lambda: None
+
 # %% ../../nbs/4_training/43d_steps.ipynb #43d-024
 def run_steps(
     config: Config,  # of the run
@@ -216,4 +221,5 @@ def run_steps(
     loaders[0].sampler.set_epoch(first_epoch)  # Lightning draws a resumed run's first order before it does
     with unfilled_memory():
         trainer = Trainer(**trainer_arguments(config, together, place), callbacks=list(callbacks))
+        _keep_handlers(trainer)
         trainer.fit(module, *loaders, ckpt_path=ckpt_path)
