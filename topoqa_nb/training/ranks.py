@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'PATIENCE', 'Place', 'place_of', 'RanksEnvironment', 'lightning_place', 'rank_facts', 'rank_notes',
-           'rank_threads', 'gathered', 'weights_of_first', 'rank_seed', 'meeting_point', 'meet', 'wait_for', 'connect',
-           'disconnect', 'rank_log', 'Followers', 'watched', 'in_company']
+           'gathered', 'weights_of_first', 'rank_seed', 'meeting_point', 'meet', 'wait_for', 'connect', 'disconnect',
+           'rank_log', 'Followers', 'watched', 'in_company']
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-003
 import json
@@ -31,7 +31,6 @@ from lightning_fabric.plugins import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from ..ground.core import ConfigError, TopoqaError, TrainingError
-from ..ground.machine import jobs_at_a_time, thread_count
 from ..ground.settings import Config, TrainerConfig
 from .devices import device_of, process_count, processes_here
 
@@ -159,13 +158,6 @@ def rank_notes(
     sizes = f"{loading.batch_size} x {window} x {facts['ranks']} = {facts['effective_batch']} graphs"
     where = f"{facts['ranks']} ranks on {facts['nodes']} machine{'s' * (facts['nodes'] > 1)}"
     return [f"{where}; effective batch {sizes} (batch_size x accumulate_grad_batches x ranks)"]
-
-# %% ../../nbs/4_training/40a_ranks.ipynb #40a-121
-def rank_threads(
-    trainer: TrainerConfig,  # the section `trainer`
-) -> int:  # at least 1
-    "CPU threads of each process; auto: its share of the cores."
-    return thread_count(trainer.num_threads, jobs_at_a_time() * processes_here(trainer))
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-017
 def gathered(
