@@ -239,6 +239,9 @@ def fast_import() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else a connection that breaks is a page of addresses
     gc.disable()
     try:
         yield

@@ -421,10 +421,10 @@ _BROKEN = "onnection (closed|reset)|imed out|NCCL|gloo"  # what errors of a conn
 
 
 def _signs(place: Place, store: dist.Store) -> dict[int, int]:
-    "How many signs of life each other rank has given; none when rank 0 is gone."
+    "How many signs of life each other rank has given; that of rank 0 is that it answers."
     with suppress(RuntimeError):
         return {rank: store.add(f"sign/{rank}", 0) for rank in range(place.ranks) if rank != place.rank}
-    return {}
+    return {0: -1}
 
 
 def _tell(store: dist.Store, problem: Exception) -> None:
