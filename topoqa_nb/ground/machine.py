@@ -287,7 +287,7 @@ def filesystem_type(
     mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
 
-# %% ../../nbs/0_ground/03_machine.ipynb #3c2ce8b1
+# %% ../../nbs/0_ground/03_machine.ipynb #03-601
 _REMOTE = re.compile(
     r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|9p|sshfs|wekafs|panfs|pvfs|orangefs|juicefs"
 )
