@@ -195,15 +195,25 @@ def meeting_point(
 ) -> tuple[dist.TCPStore, Place]:  # the table, and the same place with its port
     "Open the table. Raises `TrainingError` when the port is taken."
     try:
+        listening = _inside(place)
+        place = replace(place, port=listening.getsockname()[1]) if listening else place
         store = dist.TCPStore(
-            place.address, place.port, is_master=True, wait_for_workers=False, timeout=PATIENCE
-        )
-    except RuntimeError as problem:
+            place.address, place.port, is_master=True, wait_for_workers=False, timeout=PATIENCE,
+            master_listen_fd=listening.detach() if listening else None,
+        )  # fmt: skip
+    except (OSError, RuntimeError) as problem:
         where, found = f"{place.address}:{place.port}", str(problem).splitlines()[0]
         raise TrainingError(where, "a port that is free", found, "set MASTER_PORT to another one") from None
     return store, replace(place, port=store.port)
 
 
+def _inside(place: Place) -> socket.socket | None:
+    "On one machine, a socket that nobody from outside reaches; PyTorch's own would listen to all networks."
+    if place.address != ALONE.address:
+        return None
+    return socket.create_server((place.address, place.port), backlog=128)
+
+# %% ../../nbs/4_training/40a_ranks.ipynb #40a-160
 def meet(
     place: Place,  # of a follower
     patience: timedelta = PATIENCE,
