@@ -334,7 +334,7 @@ class Followers:
     def fallen(self) -> TrainingError | None:
         "Who has ended that should not have, and why."
         for rank, process in list(self.processes.items()):  # a thread looks, too
-            if process.poll() is not None:
+            if process.poll():  # one that has ended well has done its part
                 return _early_end(rank, process.returncode, rank_log(self.logs, rank))
         return None
 
