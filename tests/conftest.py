@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 # What takes long to make and is only looked at: the tests of one such thing go to one worker, which makes it once.
-MADE_ONCE = ("attempts", "empty_database", "real", "root", "sound_tree", "sweep", "wheel")
+MADE_ONCE = ("attempts", "empty_database", "real", "root", "sound_tree", "sweep", "two", "wheel")
 
 
 @pytest.hookimpl(wrapper=True)  # pytest-xdist reads the marks in between

@@ -239,6 +239,9 @@ def fast_import() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else a connection that breaks is a page of addresses
     gc.disable()
     try:
         yield
@@ -284,7 +287,7 @@ def filesystem_type(
     mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
 
-# %% ../../nbs/0_ground/03_machine.ipynb #03-101
+# %% ../../nbs/0_ground/03_machine.ipynb #03-601
 _REMOTE = re.compile(
     r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|9p|sshfs|wekafs|panfs|pvfs|orangefs|juicefs"
 )

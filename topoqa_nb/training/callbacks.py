@@ -361,24 +361,21 @@ def store_checkpoint(
     ranking: Ranking,  # with the new one, if it is among the best
     before: Sequence[Candidate],  # what was kept until now
     primary_metric: str,  # one of `METRICS`
-    save: Callable[[Path], object],  # writes the checkpoint of this moment
+    save: Callable[[Path], object],  # writes the checkpoint of this moment; all ranks take part
+    is_writer: bool = True,  # this process writes
 ) -> None:
     "Save an epoch, set the links, delete what fell out."
     is_kept = new in ranking.candidates
     place = folder / (new.filename if is_kept else "last.chkpt")
     save(place)
+    if not is_writer:
+        return
     # the best and its links come before the last: a signal may fall in between
     update_links(folder, ranking.ranked, ranking.other_best, primary_metric)
     if is_kept:
         copy_checkpoint(place, folder / "last.chkpt")
     for dropped in {each.filename for each in before} - {each.filename for each in ranking.candidates}:
         (folder / dropped).unlink(missing_ok=True)
-
-
-def _take_part(folder: Path, new: Candidate, *more: object) -> None:
-    "What another rank than the first does of it: nothing is written, and nobody waits for it."
-    save = more[-1]
-    save(folder / new.filename)
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-048
 class RankedCheckpoints(Checkpoint):
@@ -411,8 +408,8 @@ class RankedCheckpoints(Checkpoint):
         before, candidates = self.candidates, [*self.candidates, new]
         ranking = Ranking(*kept(candidates, self.primary_metric, take=self.take))
         self.candidates = ranking.candidates  # the checkpoint that is saved now holds itself
-        folder, store = self.run.checkpoints, store_checkpoint if trainer.is_global_zero else _take_part
-        store(folder, new, ranking, before, self.primary_metric, trainer.save_checkpoint)
+        about = self.run.checkpoints, new, ranking, before, self.primary_metric
+        store_checkpoint(*about, trainer.save_checkpoint, trainer.is_global_zero)
 
     def state_dict(self) -> dict[str, object]:
         return {"candidates": [plain_candidate(each) for each in self.candidates]}

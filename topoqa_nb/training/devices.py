@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROCESS_BYTES', 'FALLBACK', 'torch_threads', 'keep_freed_memory', 'is_present', 'device_of', 'kernel_of',
-           'processes_here', 'process_count', 'check_device', 'device_notes', 'lightning_precision', 'device_name',
-           'configured_use', 'environment_report', 'report_text', 'environment']
+           'processes_here', 'process_count', 'process_threads', 'check_device', 'device_notes', 'lightning_precision',
+           'device_name', 'configured_use', 'environment_report', 'report_text', 'environment']
 
 # %% ../../nbs/4_training/40_devices.ipynb #40-003
 import ctypes
@@ -25,6 +25,7 @@ from topoqa_nb.ground.machine import (
     available_cores,
     free_memory,
     git_state,
+    jobs_at_a_time,
     package_versions,
     this_process,
     thread_count,
@@ -144,6 +145,13 @@ def process_count(
     "The processes of a training on all machines."
     return processes_here(trainer) * trainer.num_nodes
 
+
+def process_threads(
+    trainer: TrainerConfig,  # the section `trainer`
+) -> int:  # at least 1
+    "CPU threads of each process; auto: its share of the cores."
+    return thread_count(trainer.num_threads, jobs_at_a_time() * processes_here(trainer))
+
 # %% ../../nbs/4_training/40_devices.ipynb #40-604
 _STRATEGIES = ("auto", "ddp")
 PROCESS_BYTES = 400_000_000  # that a process of a training takes at least, before it has read a graph
@@ -247,7 +255,7 @@ def configured_use(
     use = {
         "accelerator": trainer.accelerator,
         "precision": lightning_precision(trainer.precision),
-        "threads": thread_count(trainer.num_threads),
+        "threads": process_threads(trainer),
         "num_workers": config.dataloader.num_workers,
     }
     try:

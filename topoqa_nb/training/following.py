@@ -23,7 +23,7 @@ from ..ground.config import load_config
 from ..ground.console import say
 from ..ground.core import ConfigError, DataError, TrainingError, now
 from ..ground.settings import Config, TrainerConfig
-from ..ground.signals import heeded, stop_with_parent
+from ..ground.signals import heeded, left_alone, stop_with_parent
 from ..runs.record import RunDirectory, update_metadata
 from .devices import check_device, keep_freed_memory, torch_threads
 from .ranks import Place, in_company, meet, meeting_point, place_of, wait_for
@@ -78,7 +78,7 @@ def follow(
     if not place.local:  # somebody has started this command
         say(f"Rank {place.rank} of {place.ranks} follows {place.address}:{place.port} in the run {run.path}")
     keep_freed_memory()
-    with torch_threads(plan.threads), _quiet():
+    with torch_threads(plan.threads), left_alone(config.trainer.stop_signals), _quiet():
         data = open_data(config)
         _check_same(data, plan, place)
         torch.manual_seed(config.dataloader.seed)
@@ -119,7 +119,6 @@ def follow_leader(
     for each in heeded():  # sent to all processes of a job, it is the leader's to answer
         signal.signal(each, signal.SIG_IGN)
     follow(Place(**place))
-    os._exit(0)  # the leader waits for this end, and tidying memory would take a second
 
 
 def joins(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALONE', 'PATIENCE', 'Place', 'place_of', 'RanksEnvironment', 'lightning_place', 'rank_facts', 'rank_notes',
-           'rank_threads', 'gathered', 'weights_of_first', 'rank_seed', 'meeting_point', 'meet', 'wait_for', 'connect',
-           'disconnect', 'rank_log', 'Followers', 'watched', 'in_company']
+           'gathered', 'weights_of_first', 'rank_seed', 'meeting_point', 'meet', 'wait_for', 'connect', 'disconnect',
+           'rank_log', 'Followers', 'watched', 'in_company']
 
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-003
 import json
@@ -31,7 +31,6 @@ from lightning_fabric.plugins import ClusterEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 
 from ..ground.core import ConfigError, TopoqaError, TrainingError
-from ..ground.machine import jobs_at_a_time, thread_count
 from ..ground.settings import Config, TrainerConfig
 from .devices import device_of, process_count, processes_here
 
@@ -160,13 +159,6 @@ def rank_notes(
     where = f"{facts['ranks']} ranks on {facts['nodes']} machine{'s' * (facts['nodes'] > 1)}"
     return [f"{where}; effective batch {sizes} (batch_size x accumulate_grad_batches x ranks)"]
 
-# %% ../../nbs/4_training/40a_ranks.ipynb #40a-121
-def rank_threads(
-    trainer: TrainerConfig,  # the section `trainer`
-) -> int:  # at least 1
-    "CPU threads of each process; auto: its share of the cores."
-    return thread_count(trainer.num_threads, jobs_at_a_time() * processes_here(trainer))
-
 # %% ../../nbs/4_training/40a_ranks.ipynb #40a-017
 def gathered(
     part: object,  # of this rank; can be pickled
@@ -203,15 +195,25 @@ def meeting_point(
 ) -> tuple[dist.TCPStore, Place]:  # the table, and the same place with its port
     "Open the table. Raises `TrainingError` when the port is taken."
     try:
+        listening = _inside(place)
+        place = replace(place, port=listening.getsockname()[1]) if listening else place
         store = dist.TCPStore(
-            place.address, place.port, is_master=True, wait_for_workers=False, timeout=PATIENCE
-        )
-    except RuntimeError as problem:
+            place.address, place.port, is_master=True, wait_for_workers=False, timeout=PATIENCE,
+            master_listen_fd=listening.detach() if listening else None,
+        )  # fmt: skip
+    except (OSError, RuntimeError) as problem:
         where, found = f"{place.address}:{place.port}", str(problem).splitlines()[0]
         raise TrainingError(where, "a port that is free", found, "set MASTER_PORT to another one") from None
     return store, replace(place, port=store.port)
 
 
+def _inside(place: Place) -> socket.socket | None:
+    "On one machine, a socket that nobody from outside reaches; PyTorch's own would listen to all networks."
+    if place.address != ALONE.address:
+        return None
+    return socket.create_server((place.address, place.port), backlog=128)
+
+# %% ../../nbs/4_training/40a_ranks.ipynb #40a-160
 def meet(
     place: Place,  # of a follower
     patience: timedelta = PATIENCE,
@@ -332,7 +334,7 @@ class Followers:
     def fallen(self) -> TrainingError | None:
         "Who has ended that should not have, and why."
         for rank, process in list(self.processes.items()):  # a thread looks, too
-            if process.poll() is not None:
+            if process.poll():  # one that has ended well has done its part
                 return _early_end(rank, process.returncode, rank_log(self.logs, rank))
         return None
 
@@ -429,10 +431,10 @@ _BROKEN = "onnection (closed|reset)|imed out|NCCL|gloo"  # what errors of a conn
 
 
 def _signs(place: Place, store: dist.Store) -> dict[int, int]:
-    "How many signs of life each other rank has given; none when rank 0 is gone."
+    "How many signs of life each other rank has given; that of rank 0 is that it answers."
     with suppress(RuntimeError):
         return {rank: store.add(f"sign/{rank}", 0) for rank in range(place.ranks) if rank != place.rank}
-    return {}
+    return {0: -1}
 
 
 def _tell(store: dist.Store, problem: Exception) -> None:

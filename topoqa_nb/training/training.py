@@ -40,11 +40,12 @@ from topoqa_nb.training.devices import (
     environment,
     keep_freed_memory,
     kernel_of,
+    process_threads,
     torch_threads,
 )
 from .following import Plan, follow, joins, leading
 from .mlflow_store import check_tracking
-from .ranks import rank_facts, rank_notes, rank_threads
+from .ranks import rank_facts, rank_notes
 from .steps import check_trainer, fresh_model, make_callbacks, run_steps
 from .tracking import open_tracker
 from topoqa_nb.training.validation import (
@@ -253,7 +254,7 @@ def train(
         config = config.model_copy(
             update={"paths": config.paths.model_copy(update={"save_dir": Path(output_root).resolve()})}
         )
-    threads = rank_threads(config.trainer)
+    threads = process_threads(config.trainer)
     with run_process(config, threads):
         data = open_data(config)
         check_judged(config, data)
