@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import psutil
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from .core import ConfigError, ResourceError, scratch_folder
@@ -150,6 +151,19 @@ def _own(folder: Path) -> dict[str, object]:
     return {"address": "local", "num_cpus": available_cores()} | temporary
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-016
+def _leave(ray: ModuleType, daemons: Sequence[psutil.Process]) -> None:
+    "Disconnect; of a cluster that was started here nothing is left, though Ray waits for a part of it only."
+    family = list(daemons)
+    for each in daemons:
+        with suppress(psutil.NoSuchProcess):
+            family += each.children(recursive=True)
+    ray.shutdown()
+    _, left = psutil.wait_procs(family, timeout=ANSWER_SECONDS)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 @contextmanager
 def connected(
     address: str
@@ -163,13 +177,15 @@ def connected(
     address = address or os.environ.get("RAY_ADDRESS")
     from ray._private import worker
 
+    before, daemons = psutil.Process().children(), []
     with _unchanged(), scratch_folder() as folder:
         try:
             _start(ray, check_address(address) if address else None, folder)
+            daemons = [each for each in psutil.Process().children() if each not in before]
             worker._worker_logs_enabled = False  # else messages of its daemons go to standard output
             yield ray
         finally:
-            ray.shutdown()
+            _leave(ray, daemons)
             worker._worker_logs_enabled = True
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-018

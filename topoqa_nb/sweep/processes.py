@@ -25,7 +25,7 @@ from typing import BinaryIO
 
 from ..ground.core import RunError
 from ..ground.machine import end_quickly, fast_import, is_alive, thread_limits
-from ..ground.signals import stop_with_parent
+from ..ground.signals import ASKED, stop_with_parent
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-100
 def interpret(
@@ -111,10 +111,14 @@ def _imported(names: Sequence[str]) -> dict[str, str]:
 
 def _fork(answers: int) -> int | None:
     "The number of a copy, or 0 in the copy itself; None, and an answer, when there can be none."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
     try:
-        return os.fork()
+        number = os.fork()
     except OSError as problem:  # no memory, or too many processes
-        return _answer(answers, refused=problem.strerror)
+        number = _answer(answers, refused=problem.strerror)
+    if number != 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return number
 
 
 def _ended(running: set[int]) -> list[tuple[int, int]]:
@@ -132,7 +136,7 @@ def serve(
     stop_with_parent(parent, signal.SIGKILL)  # while there is nothing to end in order
     own, answers = os.getpid(), os.dup(1)
     os.dup2(2, 1)  # what a module prints while it is imported is no answer
-    handlers = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {each: signal.signal(each, signal.SIG_IGN) for each in ASKED}
     by_imports = _imported(modules)
     stop_with_parent(parent, 0)  # from now on the end of the requests tells
     _answer(answers, ready=True)
@@ -149,6 +153,7 @@ def serve(
                 os.close(answers)
                 for each, handler in handlers.items():
                     signal.signal(each, handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
                 stop_with_parent(own)
                 asked_for = json.loads(request)
                 become(**asked_for | {"environment": by_imports | asked_for["environment"]})
