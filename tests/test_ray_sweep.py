@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 SMALL = {
     "model.hidden_dim": 8,
     "model.attention_head": 2,
-    "trainer.num_epochs": 30,
+    "trainer.num_epochs": 15,
     "early_stopping.patience": 99,
 }
 
@@ -42,7 +42,7 @@ def planned(demo: DemoPaths, root: Path, **options: object) -> list[Job]:
     data = {"graph": demo.graph_dir, "train_labels": demo.train_labels, "val_labels": demo.val_labels}
     settings = SMALL | {f"paths.{key}": str(place) for key, place in data.items()}
     manifest = load_manifest("run_extended.yaml")
-    return plan_jobs(manifest, overrides=settings, output_root=root, limit=3, **options)
+    return plan_jobs(manifest, overrides=settings, output_root=root, **options)
 
 
 def outcome(job: Job) -> tuple[bytes, dict[str, torch.Tensor]]:
@@ -80,7 +80,7 @@ def test_a_node_lost_in_the_middle_changes_no_number(
     cluster: "Cluster", demo: DemoPaths, tmp_path: Path
 ) -> None:
     here, there = (
-        planned(demo, tmp_path / name, timestamp="2026-01-31_12-00-00") for name in ("here", "there")
+        planned(demo, tmp_path / name, limit=2, timestamp="2026-01-31_12-00-00") for name in ("here", "there")
     )
     lines, lost = [], []
 
@@ -102,10 +102,12 @@ def test_a_node_lost_in_the_middle_changes_no_number(
     assert [entry["checkpoint"] for entry in metadata["resumes"]] == ["last.chkpt"]
     assert re.fullmatch(r"lost on \S+, retry 1 of 3", metadata["resumes"][0]["because"])
     assert f"{lost[0].name} | {metadata['resumes'][0]['because']}" in lines
-    assert lines[0] == "3 jobs, 2 at a time, on 2 nodes of a Ray cluster"
+    assert lines[0] == "2 jobs, 2 at a time, on 2 nodes of a Ray cluster"
     assert not (tmp_path / "there" / ".sweep").exists()
     lines.clear()  # the driver starts once more
-    again = run_jobs(planned(demo, tmp_path / "there"), executor="ray", skip_completed=True, say=lines.append)
+    again = run_jobs(
+        planned(demo, tmp_path / "there", limit=2), executor="ray", skip_completed=True, say=lines.append
+    )
     assert [job.reason for job in again] == [f"completed before as {job.run.name}" for job in there]
     assert (again.completed, lines) == (True, [])
     cluster.add_node(num_cpus=1, object_store_memory=2**27)
@@ -131,7 +133,7 @@ def test_ctrl_c_stops_what_runs_and_takes_back_what_waits(
 ) -> None:
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.chdir(tmp_path)
-    jobs = planned(demo, tmp_path / "runs")
+    jobs = planned(demo, tmp_path / "runs", limit=3)
     lines = []
 
     def interrupt(line: str) -> None:
