@@ -42,6 +42,18 @@ LITTLE = {
     "store": ["--graphs", "40", "--repeats", "1"],
     "predict": ["--graphs", "40", "--repeats", "1"],
     "build": ["--count", "4", "--processes", "1"],
+    "scaling": [
+        "--kinds",
+        "build",
+        "--workers",
+        "1",
+        "--structures",
+        "2",
+        "--graphs",
+        "4",
+        "--trainings",
+        "1",
+    ],
     "kernel": ["--graphs", "2", "--rounds", "1", "--nodes", "9", "--edges", "30"],
 }
 SAID = {
@@ -54,6 +66,7 @@ SAID = {
     "store": "with sidecar",
     "predict": "graphs a second",
     "build": "ms a structure",
+    "scaling": "ms a task",
     "kernel": "reference / kernel",
 }
 NOT_RUN = {

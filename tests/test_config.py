@@ -19,7 +19,7 @@ from topoqa_nb.ground.config import (
     load_config,
     parse_overrides,
 )
-from topoqa_nb.ground.core import ConfigError
+from topoqa_nb.ground.core import ConfigError, plain
 from topoqa_nb.ground.files import find_file, find_shipped, read_yaml
 from topoqa_nb.ground.settings import Config, CoverageConfig, TrainerConfig
 from topoqa_nb.ramdisk.staging import file_settings
@@ -36,7 +36,8 @@ model: {pooling_type: mean, attention_head: 8, hidden_dim: 32, num_layers: 2, dr
 dataloader: {batch_size: 16, num_workers: 0, seed: 222}
 trainer: {accelerator: cpu, devices: 1, num_nodes: 1, strategy: auto, precision: 32, num_epochs: 200,
   accumulate_grad_batches: 16, fast_dev_run: false, limit_train_batches: null, limit_val_batches: null,
-  gradient_clip_val: null, num_threads: 1, fuse_batches: auto, average: none, average_decay: 0.99}
+  gradient_clip_val: null, num_threads: 1, fuse_batches: auto, average: none, average_decay: 0.99,
+  stop_signals: [SIGTERM, SIGHUP, SIGUSR1, SIGUSR2]}
 optimizer: {type: adam, learning_rate: 0.005, weight_decay: 0.0}
 scheduler: {type: reduce_on_plateau, factor: 0.4, patience: 12, warmup_epochs: 0}
 early_stopping: {patience: 25, min_delta: 0.0}
@@ -416,6 +417,7 @@ def different_value(key: str) -> object:
         "trainer.fuse_batches": "off",
         "trainer.strategy": "ddp",
         "trainer.average": "ema",
+        "trainer.stop_signals": ["SIGUSR1"],
         "optimizer.type": "adamw",
         "scheduler.type": "none",
         "checkpoint.take": "last",
@@ -448,7 +450,7 @@ def test_every_key_can_be_overridden(key, file, here):
     before, value = load_config(file, needed).config, different_value(key)
     loaded = load_config(file, format_overrides(needed | {key: value}))
     expected = Path(value) if value == "/data/file" else value
-    assert config_differences(before, loaded.config) == {key: (value_of(before, key), expected)}
+    assert plain(config_differences(before, loaded.config)) == {key: plain([value_of(before, key), expected])}
     assert loaded.overrides == needed | {key: expected}
 
 
@@ -582,6 +584,14 @@ def test_absolute_overrides(tmp_path):
         ("trainer: {limit_val_batches: 0}", ["a.yaml: trainer.limit_val_batches:", "found 0"]),
         ("trainer: {limit_val_batches: 1.5}", ["a.yaml: trainer.limit_val_batches:", "found 1.5"]),
         ("trainer: {gradient_clip_val: -1}", ["a.yaml: trainer.gradient_clip_val:", "greater than 0"]),
+        (
+            "trainer: {stop_signals: USR1}",
+            ["a.yaml: trainer.stop_signals:", "a list of some of SIGTERM, SIGHUP"],
+        ),
+        (
+            "trainer: {stop_signals: [KILL]}",
+            ["a.yaml: trainer.stop_signals:", "a list of some of SIGTERM, SIGHUP"],
+        ),
         ("trainer: {precision: 8}", ["a.yaml: trainer.precision:", "found 8"]),
         ("paths: {graph: 2024}", ["a.yaml: paths.graph:", "a path", "found 2024"]),
         ("paths: {graph: ''}", ["a.yaml: paths.graph:", "a path"]),

@@ -18,7 +18,6 @@ CHAPTERS = sorted(path.name for path in (REPOSITORY / "nbs").glob("[0-9]_*"))
 LINKING = sorted(
     [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("nbs/**/*.ipynb"), *REPOSITORY.glob("pipelines/*.ipynb")]
 )
-EXAMPLES = re.findall(r"^topoqa (.+?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
 
 
 def prose(path: Path) -> str:
@@ -28,6 +27,17 @@ def prose(path: Path) -> str:
         return text
     cells = json.loads(text)["cells"]
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+def commands(text: str) -> list[str]:
+    "What is given to `topoqa`, also by a job script."
+    text = text.replace("\\\n", " ")
+    by_script = re.findall(r"^sbatch .*?run\.sh \S+ (--.+)$", text, flags=re.MULTILINE)
+    own = re.findall(r"^(?:topoqa|sbatch .*?ray\.sh) (.+?)(?:\s+#.*)?$", text, flags=re.MULTILINE)
+    return own + [f"run {options}" for options in by_script]
+
+
+EXAMPLES = commands(README) + commands(prose(REPOSITORY / "nbs" / "96b_cluster.ipynb"))
 
 
 def test_readme_lists_the_chapters_and_the_index_the_pages():
@@ -51,7 +61,7 @@ def test_links_lead_to_files(path: Path):
 
 
 @in_turn("example", EXAMPLES)
-def test_commands_of_the_readme_exist(
+def test_commands_of_the_readme_and_of_the_cluster_page_exist(
     example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setenv("COLUMNS", "200")  # so that no option is cut short

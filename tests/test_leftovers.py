@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,7 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # a compiled module is a leftover, too
     return subprocess.Popen(
         [sys.executable, "-m", "topoqa_nb.cli", *map(str, arguments)],
-        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
 
@@ -56,14 +56,22 @@ def test_a_run_that_ends_leaves_nothing(folder: Path, demo: DemoPaths, workers: 
     assert left_in(folder) == []
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.13, 0.29])
-def test_a_run_that_is_stopped_leaves_nothing(folder: Path, demo: DemoPaths, seconds: float):
+@pytest.mark.parametrize(
+    "seconds, signum, send",
+    [(0.0, signal.SIGTERM, os.kill), (0.13, signal.SIGTERM, os.killpg), (0.29, signal.SIGUSR1, os.killpg)],
+)
+def test_a_run_that_is_stopped_leaves_nothing(
+    folder: Path, demo: DemoPaths, seconds: float, signum: int, send: Callable
+):
+    "A batch system sends its signals to all processes of a run, also to those that load."
     process = training(folder, demo, 100_000, workers=2)
     assert any("Epoch 000 | train" in line for line in process.stdout)
     time.sleep(seconds)  # somewhere in an epoch
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    send(process.pid, signum)
+    said, _ = process.communicate()
+    assert process.returncode == 128 + signum
+    assert "Traceback" not in said
+    assert read_metadata(folder / "training_runs" / "latest")["status"] == "interrupted"
     assert left_in(folder) == []
 
 

@@ -33,7 +33,8 @@ from topoqa_nb.runs.runs import METRIC_COLUMNS, read_metrics
 from topoqa_nb.runs.selection import METRICS, as_loss, other_metric, parse_checkpoint_name
 from topoqa_nb.training.module import TopoQAModule, predict_split
 from topoqa_nb.training.resume import resume
-from topoqa_nb.training.training import check_batch_limits, train
+from topoqa_nb.training.training import train
+from topoqa_nb.training.validation import check_batch_limits
 
 
 def run_once(tiny, folder, name="run", resume_from=None, **changes):
@@ -248,25 +249,33 @@ def test_a_run_that_cannot_start_leaves_nothing(tiny, tmp_path):
 # A slow training in a process of its own, to be stopped from outside.
 
 
-def train_slowly(tiny, folder: Path) -> None:
+def train_slowly(tiny, folder: Path, changes: dict[str, object]) -> None:
     "As a process; it ends as the command line would."
     step = TopoQAModule.training_step
     TopoQAModule.training_step = lambda self, *batch: (time.sleep(0.03), step(self, *batch))[1]
     try:
-        run_once(tiny, folder, "slow", trainer__num_epochs=500, early_stopping__patience=500)
+        run_once(tiny, folder, "slow", trainer__num_epochs=500, early_stopping__patience=500, **changes)
     except Interrupted as stop:
         sys.exit(128 + stop.signum)
 
 
-def start_slow_run(tiny, folder: Path) -> ForkProcess:
-    "Start it and wait until two epochs are recorded."
-    process = forked(train_slowly, tiny, folder)
+def epochs_of(folder: Path) -> int:
     metrics = folder / "slow" / "metrics" / "metrics.csv"
+    return len(metrics.read_text().splitlines()) - 1 if metrics.exists() else 0
+
+
+def wait_for_epochs(process: ForkProcess, folder: Path, epochs: int) -> None:
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+    while epochs_of(folder) < epochs:
         assert process.is_alive(), "the run ended by itself"
         assert time.monotonic() < deadline, "no epoch was recorded in time"
         time.sleep(0.05)
+
+
+def start_slow_run(tiny, folder: Path, **changes: object) -> ForkProcess:
+    "Start it and wait until two epochs are recorded."
+    process = forked(train_slowly, tiny, folder, changes)
+    wait_for_epochs(process, folder, 2)
     return process
 
 
@@ -292,6 +301,19 @@ def test_a_stopped_run_keeps_its_best_checkpoint(tiny, tmp_path, signum, status)
     saved = metrics[metrics.epoch <= max(last, best["epoch"])]  # the best one is written before the last one
     assert best["epoch_row"]["selection_metric"] == pytest.approx(saved.selection_metric.min())
     assert not list(run.path.rglob("*.tmp")) or signum == signal.SIGKILL
+
+
+def test_a_run_stops_on_the_signals_that_it_chose(tiny, tmp_path):
+    process = start_slow_run(tiny, tmp_path, trainer__stop_signals=["SIGUSR1"])
+    for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
+        os.kill(process.pid, signum)
+    wait_for_epochs(process, tmp_path, epochs_of(tmp_path) + 2)
+    os.kill(process.pid, signal.SIGUSR1)
+    process.join(timeout=60)
+    assert process.exitcode == 128 + signal.SIGUSR1
+    record = read_record(tmp_path / "slow")
+    assert (record.status, record.reason) == ("interrupted", "stopped by SIGUSR1")
+    assert read_checkpoint(tmp_path / "slow/model_checkpoints/last.chkpt")["epoch"] >= 2
 
 
 # Is there something to learn, and is it learnt?
@@ -330,8 +352,8 @@ def test_the_demo_is_learnt_and_shuffled_labels_are_not(demo_set, tmp_path):
     [
         ("trainer.limit_val_batches", 0.25, "0.25 of 1, which hold 64 graphs each; write a number of batches (1 to 1), a fraction from 1, or null"),
         ("trainer.limit_train_batches", 0.001, "0.001 of 4, which hold 2 graphs each; write a number of batches (1 to 4), a fraction from 0.25"),
-        ("trainer.strategy", "foo", "trainer.strategy: expected auto or ddp: a training is one process, found foo"),
-        ("trainer.devices", 2, "trainer.devices: expected 1 or auto: a training is one process, found 2; set trainer.devices=1"),
+        ("trainer.strategy", "foo", "trainer.strategy: expected auto or ddp, found foo"),
+        ("trainer.devices", 2, "trainer.devices: expected 1 or auto without trainer.strategy=ddp, found 2; set trainer.devices=1, or trainer.strategy=ddp"),
     ],
 )  # fmt: skip
 def test_what_lightning_would_refuse_leaves_no_run(tiny, tmp_path, key, value, says):

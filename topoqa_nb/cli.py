@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'config_command', 'demo_data_command', 'validate_command', 'env_command', 'cache_command', 'run_command',
-           'resume_command', 'refit_command', 'batch_command', 'summarise_command', 'leaderboard_command',
-           'monitor_command', 'archive_command']
+           'resume_command', 'refit_command', 'rank_command', 'batch_command', 'summarise_command',
+           'leaderboard_command', 'monitor_command', 'archive_command']
 
 # %% ../nbs/99_cli.ipynb #99-003
 import json
@@ -219,6 +219,17 @@ def refit_command(
 
     refit(run, run_name=run_name)
 
+# %% ../nbs/99_cli.ipynb #99-601
+@app.command("rank", hidden=True)
+def rank_command(
+    told: Annotated[str, typer.Argument(help="A place and the process that leads, as JSON.")],
+) -> None:
+    "Take part in a training that another process leads."
+    with fast_import():
+        from topoqa_nb.training.following import follow_leader
+
+    follow_leader(told)
+
 # %% ../nbs/99_cli.ipynb #99-018
 def _run_shown(
     planned: Sequence[object],  # from `plan_jobs`
@@ -357,7 +368,7 @@ ORDER = (
     *("run", "resume", "batch", "pipeline", "fine-tune", "refit", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
     *("score", "predict", "evaluate", "compare", "split", "cross-validate", "search", "report", "export"),
-    *("validate", "cache", "env", "config", "demo-data"),
+    *("validate", "cache", "env", "config", "demo-data", "rank"),
 )
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name))
 

@@ -9,7 +9,6 @@ __all__ = ['Question', 'question', 'differences', 'joined', 'Shards', 'shards_fo
 # %% ../../nbs/5_answers/50ba_shards.ipynb #50ba-003
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -29,7 +28,6 @@ from topoqa_nb.answers.inference import (
 from .models import Model
 from ..data.graphs import list_graphs
 from ..data.packing import file_states, reported
-from ..ground.cluster import Resources
 from ..ground.console import say
 from topoqa_nb.ground.core import (
     CheckpointError,
@@ -44,7 +42,7 @@ from topoqa_nb.ground.core import (
 )
 from ..ground.machine import package_versions
 from ..ground.signals import Interrupted
-from ..ground.tasks import as_they_come, on_cluster
+from ..ground.tasks import answered, on_cluster
 
 # %% ../../nbs/5_answers/50ba_shards.ipynb #50ba-007
 class _Part(BaseModel):
@@ -359,10 +357,6 @@ def _states(graph_dir: Path) -> dict[str, tuple[int, int]]:
 
 def _ask(tasks: Iterator[_Graphs], inputs: Sequence[Path], device: str) -> Iterator[tuple[int, Scores]]:
     "What the nodes of a cluster say."
-    with on_cluster(Resources(num_gpus=int(device == "cuda")), inputs=inputs) as (calls, room):
-        yield from _answers(calls, tasks, room)
-
-
-def _answers(calls: Executor, tasks: Iterator[_Graphs], room: int) -> Iterator[tuple[int, Scores]]:
-    for task, future in as_they_come(calls, _score_graphs, tasks, 2 * room):
-        yield task.number, future.result()
+    with on_cluster(int(device == "cuda"), inputs=inputs) as (calls, room):
+        for task, scores in answered(calls, _score_graphs, tasks, room):
+            yield task.number, scores

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from .outputs import Places, graph_bytes, save_graph_file
-from .workers import AHEAD, Job, Outcome, outcomes, process_count
-from ..ground.cluster import LostTask, Resources
+from .workers import Job, Outcome, outcomes, process_count
 from ..ground.core import remove_temporaries
-from ..ground.tasks import as_they_come, is_cluster, on_cluster
+from ..ground.tasks import AHEAD, answered, is_cluster, on_cluster
 
 # %% ../../nbs/9_build/97f_batches.ipynb #97f-006
 class Kept(NamedTuple):
@@ -73,16 +72,13 @@ class Batch:
 
 
 def batches_done(
-    executor: Executor,  # of a cluster
+    executor: Executor,  # from `on_cluster`
     work: Callable[[Batch], object],  # a function of a module
     batches: Iterable[Batch],
-    at_a_time: int,  # tasks that the cluster has room for, > 0
+    room: int,  # tasks at a time, > 0
 ) -> Iterator[tuple[Batch, object]]:  # in the order in which they are done
     "What came of each batch. Raises what the work raises, and `ResourceError` for a batch that ends every process."
-    for batch, future in as_they_come(executor, work, batches, AHEAD * at_a_time):
-        if isinstance(future.exception(), LostTask):
-            future = executor.submit(work, replace(batch, with_care=True))
-        yield batch, future.result()
+    return answered(executor, work, batches, room, lambda batch: replace(batch, with_care=True))
 
 # %% ../../nbs/9_build/97f_batches.ipynb #97f-012
 _LARGEST = 32  # structures of a batch; a structure takes 0.06 s or more
@@ -96,20 +92,23 @@ class _Filing(Batch):
 
 
 def _keep_all(filing: _Filing) -> list[Kept]:
-    return [keep(outcome, filing.places) for outcome in filing.outcomes()]
+    "The names of the columns are the same in every graph, and come back once."
+    kept = [keep(outcome, filing.places) for outcome in filing.outcomes()]
+    columns = next((each.columns for each in kept if each.columns), ())
+    return [each._replace(columns=() if number else columns) for number, each in enumerate(kept)]
 
 
 def kept_on_cluster(
     executor: Executor,  # of a cluster
     jobs: Sequence[Job],
     places: Places,  # that every node sees
-    at_a_time: int,  # tasks that the cluster has room for, > 0
+    room: int,  # tasks at a time, > 0
 ) -> Iterator[Kept]:  # in the order in which they come
     "Build on the nodes of a cluster. Raises as `batches_done` does."
-    size = max(1, min(_LARGEST, len(jobs) // (2 * AHEAD * at_a_time)))
+    size = max(1, min(_LARGEST, len(jobs) // (2 * AHEAD * room)))
     starts = range(0, len(jobs), size)
     filings = (_Filing(jobs=tuple(jobs[start : start + size]), places=places) for start in starts)
-    for _, kept in batches_done(executor, _keep_all, filings, at_a_time):
+    for _, kept in batches_done(executor, _keep_all, filings, room):
         yield from kept
     remove_temporaries(places.graphs)  # of processes that were ended
 
@@ -142,5 +141,5 @@ def builders(
         yield count, lambda jobs: kept_here(jobs, places, count)
         return
     there = next(path for path in (places.out, *places.out.parents) if path.is_dir())
-    with on_cluster(Resources(), [there], inputs) as (calls, room):
+    with on_cluster(0, [there], inputs) as (calls, room):
         yield room, lambda jobs: kept_on_cluster(calls, jobs, places, room)

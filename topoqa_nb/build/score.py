@@ -34,7 +34,6 @@ from .structures import StructureError
 from .workers import Job, Outcome, outcomes, process_count
 from ..data.labels import match_labels, read_labels, target_of
 from ..data.schema import EdgeSchema, FeatureSchema, NodeSchema, check_features, known_recipe
-from ..ground.cluster import Resources
 from ..ground.console import say
 from ..ground.core import CheckpointError, ConfigError
 from ..ground.tasks import ExecutorName, is_cluster, on_cluster
@@ -290,7 +289,7 @@ def _scorings(
 def _ask(scorings: Iterator[_Scoring], inputs: Sequence[Path]) -> Iterator[tuple[int, Scores]]:
     "What the nodes of a cluster say."
     first = next(scorings)
-    needs = Resources(num_gpus=int(first.models.device == "cuda"))
-    with on_cluster(needs, inputs=[*inputs, *first.models.files]) as (calls, room):
+    gpus, seen = int(first.models.device == "cuda"), [*inputs, *first.models.files]
+    with on_cluster(gpus, inputs=seen) as (calls, room):
         for scoring, scores in batches_done(calls, _score_batch, chain([first], scorings), room):
             yield scoring.number, scores

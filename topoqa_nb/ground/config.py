@@ -37,7 +37,7 @@ def _model_fields() -> dict[str, FieldInfo]:
 
 def _mentions(hint: object, kind: type) -> bool:
     "Does a type hint allow this type, itself or as one of several?"
-    inside = () if get_origin(hint) is dict else get_args(hint)
+    inside = () if get_origin(hint) in (dict, tuple) else get_args(hint)
     return hint is kind or any(_mentions(part, kind) for part in inside)
 
 

@@ -6,12 +6,14 @@
 __all__ = ['PARALLEL_VARIABLE', 'THREADS_VARIABLE', 'RETRY_VARIABLE', 'CLOCK_TOLERANCE', 'PACKAGES', 'STORES_VARIABLE',
            'available_cores', 'jobs_at_a_time', 'thread_count', 'thread_limits', 'cgroup_free', 'free_memory',
            'this_process', 'is_alive', 'section', 'process_state', 'package_versions', 'git_state', 'fast_import',
-           'filesystem_type', 'is_remote', 'usual_stores', 'cached_fraction']
+           'end_quickly', 'filesystem_type', 'is_remote', 'usual_stores', 'cached_fraction']
 
 # %% ../../nbs/0_ground/03_machine.ipynb #03-003
+import atexit
 import ctypes
 import gc
 import importlib.metadata
+import logging
 import mmap
 import os
 import platform
@@ -21,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -236,12 +239,44 @@ def fast_import() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # else a connection that breaks is a page of addresses
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
         gc.freeze()
+
+# %% ../../nbs/0_ground/03_machine.ipynb #03-101
+@dataclass
+class _End:
+    "How this process ends."
+
+    code: int | None = None  # exit code, once it is known
+    is_registered: bool = False  # also in copies of this process
+
+    def __call__(self) -> None:
+        if self.code is not None:
+            logging.shutdown()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                with suppress(OSError, ValueError):  # nobody reads any more
+                    stream.flush()
+            os._exit(self.code)
+
+
+_END = _End()
+
+
+def end_quickly(
+    code: int | None = None,  # exit code; None: not known yet, other last words may be registered
+) -> int | None:  # the same
+    "Let this process end without giving back its memory in pieces, once its exit code is known."
+    if not _END.is_registered:
+        atexit.register(_END)
+    _END.code, _END.is_registered = code, True
+    return code
 
 # %% ../../nbs/0_ground/03_machine.ipynb #03-045
 def filesystem_type(
@@ -252,7 +287,7 @@ def filesystem_type(
     mounts = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
     return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else "unknown"
 
-# %% ../../nbs/0_ground/03_machine.ipynb #03-101
+# %% ../../nbs/0_ground/03_machine.ipynb #03-601
 _REMOTE = re.compile(
     r"nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|afs|9p|sshfs|wekafs|panfs|pvfs|orangefs|juicefs"
 )

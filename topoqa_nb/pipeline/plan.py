@@ -45,10 +45,10 @@ from ..ground.settings import Config, PathsConfig
 from ..ground.tasks import is_cluster
 from .parameters import PATH_PARAMETERS, PipelineParameters
 from ..runs.record import RunDirectory, read_record
+from ..runs.run_data import parent_data
 from ..runs.runs import list_runs
 from ..sweep.manifest import Job, load_manifest, plan_jobs
 from ..training.module import VALIDATION_BATCH
-from ..training.validation import parent_data
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-021
 STAGES = ("sweep", "phase1", "phase2")

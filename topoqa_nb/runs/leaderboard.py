@@ -119,7 +119,7 @@ def settings_fingerprint(
     "Equal for runs that differ in seed, in place, and in what is shown and copied alone."
     complete = complete_settings(record.settings).items()
     settings = {name: keys for name, keys in complete if name not in ("logging", "mlflow")}
-    for section, key in (("dataloader", "seed"), ("paths", "save_dir")):
+    for section, key in (("dataloader", "seed"), ("paths", "save_dir"), ("trainer", "stop_signals")):
         stated = settings.get(section) or {}
         settings[section] = {name: value for name, value in stated.items() if name != key}
     return sha256_json([settings, record.data.fingerprint, record.lineage.parent_sha256])[:12]

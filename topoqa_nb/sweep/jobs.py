@@ -162,9 +162,10 @@ class Child:
         return [line for line in self.new_lines() if line.startswith("Epoch ") and "val_loss=" in line]
 
     def signal(self, signum: int) -> None:
-        "Tell the process; the processes that it started are its own affair."
+        "Tell the process, by a signal that it stops on; the processes that it started are its own affair."
+        is_chosen = signal.Signals(signum).name in self.job.loaded.config.trainer.stop_signals
         if self.process.poll() is None:
-            self.process.send_signal(signum)
+            self.process.send_signal(signum if is_chosen else signal.SIGINT)
 
     def kill(self) -> None:
         "End it together with whatever it started."

@@ -8,9 +8,9 @@ __all__ = ['STOP_SECONDS', 'REAP_SECONDS', 'PRELOADED', 'ONE_THREAD', 'interpret
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-003
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..ground.core import RunError
-from ..ground.machine import fast_import, is_alive, thread_limits
+from ..ground.machine import end_quickly, fast_import, is_alive, thread_limits
 from ..ground.signals import ASKED, stop_with_parent
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-100
@@ -98,12 +98,14 @@ def _answer(descriptor: int, **content: int | str) -> None:
         os.write(descriptor, json.dumps(content).encode() + b"\n")
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-111
-def _imported(modules: Sequence[str]) -> dict[str, str]:
-    "Import, and give what this has changed in the environment."
+def _imported(names: Sequence[str]) -> dict[str, str]:
+    "Import modules, call the functions among them, and give what this has changed in the environment."
     before = dict(os.environ)
     with fast_import():  # what is not looked at stays shared, too
-        for module in modules:
-            importlib.import_module(module)
+        for name in names:
+            found = pkgutil.resolve_name(name)
+            if ":" in name:
+                found()
     return {name: value for name, value in os.environ.items() if before.get(name) != value}
 
 
@@ -126,10 +128,11 @@ def _ended(running: set[int]) -> list[tuple[int, int]]:
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-010
 def serve(
-    modules: Sequence[str],  # what every process will need
+    modules: Sequence[str],  # what every process will need; `module:function` is called
     parent: int,  # number of the process that asks
-) -> None:
+) -> int | None:  # exit code; None in a copy
     "Import once, then make a copy for each request, until there will be no more of them."
+    end_quickly()  # the copies, too
     stop_with_parent(parent, signal.SIGKILL)  # while there is nothing to end in order
     own, answers = os.getpid(), os.dup(1)
     os.dup2(2, 1)  # what a module prints while it is imported is no answer
@@ -143,7 +146,8 @@ def serve(
         if asked:
             request = _line(0)
             if not request.endswith(b"\n"):  # the sweep is gone
-                return end_processes(running)
+                end_processes(running)
+                return end_quickly(0)
             number = _fork(answers)
             if number == 0:
                 os.close(answers)
@@ -228,7 +232,7 @@ class _Told:
         self.running.clear()
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-121
-PRELOADED = ("topoqa_nb.training.training",)  # what a training needs
+PRELOADED = ("topoqa_nb.training.training", "topoqa_nb.network.kernels:load_kernel")  # what a training needs
 
 # pandas imports Arrow, whose allocator would start a thread
 ONE_THREAD = thread_limits(1) | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -342,7 +346,7 @@ def _request(
 class ForkServer(contextlib.AbstractContextManager):
     "Starts processes that have imported already; a context manager."
 
-    def __init__(self, modules: Sequence[str]):  # imported before the first process is made
+    def __init__(self, modules: Sequence[str]):  # see `serve`
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.server = _ServerProcess(modules, self.errors) if sys.platform == "linux" else None
 

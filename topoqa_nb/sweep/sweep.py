@@ -24,6 +24,7 @@ from ..ground.settings import Config, MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
 from ..ground.tasks import ExecutorName, is_cluster
 from ..runs.record import RunDirectory, RunRecord, complete_settings
+from ..runs.run_data import locate_run_data
 from ..runs.runs import check_run_name, list_runs, tidy
 from topoqa_nb.sweep.jobs import (
     POLL_SECONDS,
@@ -40,8 +41,7 @@ from .manifest import Job, training_command
 from .places import PLACES, Place
 from .processes import STOP_SECONDS, ForkServer
 from .ray_jobs import RayServer
-from ..training.tracking import open_sweep_run
-from ..training.validation import locate_run_data
+from ..training.mlflow_sweep import open_sweep_run
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-011
 def located(
@@ -73,9 +73,11 @@ def _is_named_after(run: RunDirectory, job: Job) -> bool:
 
 
 def _settings(parameters: Mapping) -> dict:
-    "A resolved configuration without the place of its runs."
+    "A resolved configuration without the place of its runs and without what stops them."
     known = complete_settings(parameters)
-    return known | {"paths": {key: value for key, value in known["paths"].items() if key != "save_dir"}}
+    for section, key in (("paths", "save_dir"), ("trainer", "stop_signals")):
+        known[section] = {name: value for name, value in known[section].items() if name != key}
+    return known
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-012
 def fingerprints_of(

@@ -13,6 +13,7 @@ import filecmp
 import io
 import logging
 import math
+import re
 import shutil
 import sys
 import time
@@ -254,8 +255,14 @@ def check_written(
         raise CheckpointError(place, expected, problem.found, _FREE_SPACE) from None
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-032
+_CLASS = re.compile(rb"c([A-Za-z_][\w.]*\n[\w.]+)\n")  # the name of a class, as pickle writes it
+
+
 class LocalCheckpoints(CheckpointIO):
     "Checkpoints as plain local files, each whole or not at all."
+
+    def __init__(self):
+        self.readable: set[bytes] = set()  # the classes in those that were read back
 
     def save_checkpoint(
         self,
@@ -263,12 +270,17 @@ class LocalCheckpoints(CheckpointIO):
         path: str | Path,  # the file that should appear
         storage_options: object = None,  # none are known here
     ) -> None:
-        "Write beside the file, read back, rename. Raises `OSError`, and `CheckpointError` when it cannot be read back."
+        "Write beside the file, look at it, rename. Raises `OSError`, and `CheckpointError` when it cannot be read back."
         content = io.BytesIO()  # a writer of torch's that fails on a disk does not say why
         torch.save(checkpoint, content)
         with atomic_path(path) as temporary:
             temporary.write_bytes(content.getbuffer())
-            check_written(temporary, Path(path))
+            if temporary.read_bytes() != content.getbuffer():
+                raise CheckpointError(path, "the bytes that were written", "others", _FREE_SPACE)
+            classes = set(_CLASS.findall(content.getbuffer()))
+            if not classes or classes - self.readable:
+                check_written(temporary, Path(path))
+                self.readable |= classes
 
     def load_checkpoint(
         self,
@@ -349,12 +361,15 @@ def store_checkpoint(
     ranking: Ranking,  # with the new one, if it is among the best
     before: Sequence[Candidate],  # what was kept until now
     primary_metric: str,  # one of `METRICS`
-    save: Callable[[Path], object],  # writes the checkpoint of this moment
+    save: Callable[[Path], object],  # writes the checkpoint of this moment; all ranks take part
+    is_writer: bool = True,  # this process writes
 ) -> None:
     "Save an epoch, set the links, delete what fell out."
     is_kept = new in ranking.candidates
     place = folder / (new.filename if is_kept else "last.chkpt")
     save(place)
+    if not is_writer:
+        return
     # the best and its links come before the last: a signal may fall in between
     update_links(folder, ranking.ranked, ranking.other_best, primary_metric)
     if is_kept:
@@ -393,8 +408,8 @@ class RankedCheckpoints(Checkpoint):
         before, candidates = self.candidates, [*self.candidates, new]
         ranking = Ranking(*kept(candidates, self.primary_metric, take=self.take))
         self.candidates = ranking.candidates  # the checkpoint that is saved now holds itself
-        folder, primary = self.run.checkpoints, self.primary_metric
-        store_checkpoint(folder, new, ranking, before, primary, trainer.save_checkpoint)
+        about = self.run.checkpoints, new, ranking, before, self.primary_metric
+        store_checkpoint(*about, trainer.save_checkpoint, trainer.is_global_zero)
 
     def state_dict(self) -> dict[str, object]:
         return {"candidates": [plain_candidate(each) for each in self.candidates]}
