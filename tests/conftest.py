@@ -29,17 +29,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MADE_ONCE = ("attempts", "empty_database", "real", "root", "sound_tree", "sweep", "two", "wheel")
 
 
-@pytest.hookimpl(wrapper=True)  # pytest-xdist reads the marks in between
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks afterwards
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             for name in MADE_ONCE:
                 if name in item.fixturenames:
                     item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
-    yield
-    for item in items:  # pytest 9.2 does not heed the name with its group that pytest-xdist 3.8 gives a test
-        if named := vars(item).get("_nodeid"):
-            item._id = type(item._id).parse(named)
 
 
 @pytest.fixture(scope="session", autouse=True)

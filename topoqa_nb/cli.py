@@ -368,9 +368,9 @@ ORDER = (
     *("run", "resume", "batch", "pipeline", "fine-tune", "refit", "ramdisk"),
     *("summarise", "leaderboard", "monitor", "archive"),
     *("score", "predict", "evaluate", "compare", "split", "cross-validate", "search", "report", "export"),
-    *("validate", "cache", "env", "config", "demo-data", "rank"),
+    *("validate", "cache", "env", "config", "demo-data"),
 )
-app.registered_commands.sort(key=lambda command: ORDER.index(command.name))
+app.registered_commands.sort(key=lambda command: (*ORDER, "rank").index(command.name))
 
 # %% ../nbs/99_cli.ipynb #99-022
 if __name__ == "__main__" and "__file__" in globals():

@@ -233,19 +233,23 @@ def _git(directory: Path, *arguments: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 # %% ../../nbs/0_ground/03_machine.ipynb #03-042
+_CPP_LEVEL = "TORCH_CPP_LOG_LEVEL"  # read by PyTorch when it is imported
+
+
 @contextmanager
 def fast_import() -> Iterator[None]:
     "Import PyTorch and what builds on it inside of this."
     if "torch" in sys.modules:
         yield
         return
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # else a connection that breaks is a page of addresses
     gc.disable()
+    is_set = _CPP_LEVEL in os.environ
+    os.environ.setdefault(_CPP_LEVEL, "ERROR")
     try:
         yield
     finally:
+        if not is_set:
+            del os.environ[_CPP_LEVEL]
         gc.enable()
         gc.freeze()
 
