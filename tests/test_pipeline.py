@@ -20,6 +20,7 @@ from topoqa_nb.ground.core import (
     TrainingError,
     held,
     read_json,
+    sha256_file,
     write_json,
     write_text,
 )
@@ -69,7 +70,9 @@ class StandIn:
     def run(self, job):
         self.asked.append(job)
         config = job.loaded.config
-        run = create_run(config.paths.save_dir, job.run_name, job.loaded, config, command=["stand-in"])
+        known = {"lineage": {"parent_sha256": job.resume_from and sha256_file(job.resume_from)}}
+        place = config.paths.save_dir, job.run_name
+        run = create_run(*place, job.loaded, config, command=["stand-in"], sections=known)
         score = self.scores.get(job.name, -0.5)
         checkpoint = f"checkpoint.sel-{score:.5f}_val-0.05000_epoch001.chkpt"
         write_text(run.checkpoints / checkpoint, "weights")
