@@ -6,6 +6,7 @@ import inspect
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
     from topoqa_nb.data.tiny import DemoPaths
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes share the cores
@@ -23,7 +26,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 # What takes long to make and is only looked at: the tests of one such thing go to one worker, which makes it once.
-MADE_ONCE = ("attempts", "empty_database", "real", "root", "sound_tree", "sweep", "wheel")
+MADE_ONCE = ("attempts", "empty_database", "real", "root", "sound_tree", "sweep", "two", "wheel")
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks afterwards
@@ -94,6 +97,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
         "model.attention_head": 2,
         "trainer.num_epochs": 2,
     }
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator["Cluster"]:
+    """A Ray cluster of two nodes of one CPU on this machine, skipped without Ray. A test that ends a node adds another.
+
+    Tests that use it are of one `xdist_group`, named ray.
+    """
+    pytest.importorskip("ray", reason="needs Ray: pip install 'topoqa_nb[ray]'")
+    from ray.cluster_utils import Cluster
+
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300}  # a lost node is soon known
+    quick |= {"health_check_failure_threshold": 3}
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # as the tests: on a busy machine others would starve them
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        head = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
+        found = Cluster(
+            head_node_args=head | {"_system_config": quick, "temp_dir": folder}, initialize_head=True
+        )
+        found.add_node(num_cpus=1, object_store_memory=2**27)
+        patch.setenv("RAY_ADDRESS", found.address)
+        try:
+            yield found
+        finally:
+            found.shutdown()
 
 
 @functools.cache

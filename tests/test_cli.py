@@ -481,13 +481,6 @@ def test_a_batch_ends_with_its_table_and_a_code(
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", status, "-0.25000", "3.0"]
 
 
-def test_ray_is_refused_with_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture):
-    err = refused(
-        capsys, "batch", "--manifest", "run_demo.yaml", "--executor", "ray", "--output-root", tmp_path
-    )
-    assert "local" in err
-
-
 def test_papermill_pairs():
     assert joined_pairs(["-p", "a", "b c", "-p", "d", "-1"]) == [
         "--parameter",
@@ -521,9 +514,6 @@ def test_every_pipeline_parameter_is_an_option(capsys: pytest.CaptureFixture):
     }
     for name, field in PipelineParameters.model_fields.items():
         option = f"--{singular.get(name, name).replace('_', '-')}"
-        if name == "executor":  # shown when there is a second one that works
-            assert option not in shown
-            continue
         assert re.search(rf"{option} .*{re.escape(field.description)}", shown), name
 
 

@@ -44,6 +44,7 @@ from topoqa_nb.pipeline.standing import chosen_files, standing
 from topoqa_nb.runs.record import update_metadata
 from topoqa_nb.runs.runs import create_run
 from topoqa_nb.sweep.jobs import JobResult, SweepResult
+from topoqa_nb.sweep.sweep import in_training
 
 MANIFEST = """
 shared: {overrides: {trainer.num_epochs: 2}}
@@ -62,6 +63,7 @@ class StandIn:
 
     def __call__(self, waiting, **options):
         self.names.append(options.get("name"))
+        in_training(waiting)  # as `run_jobs`: what a dead process was just writing is removed
         return SweepResult(tuple(self.run(job) for job in waiting))
 
     def run(self, job):

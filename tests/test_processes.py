@@ -128,6 +128,15 @@ def test_a_signal_arrives(either: ForkServer, signum: int, tmp_path: Path):
     process.send_signal(signum)  # nobody is there any more
 
 
+@linux
+def test_a_signal_in_the_first_moment_is_not_lost(server: ForkServer, tmp_path: Path):
+    "Between its making and its own handlers a copy is as deaf as the server."
+    for signum in (signal.SIGINT, signal.SIGTERM) * 5:
+        process = start(server, tmp_path, "import time; time.sleep(60)")
+        process.send_signal(signum)
+        assert process.wait() in (-signum, 1)  # a KeyboardInterrupt so early is an error
+
+
 def test_a_hundred_processes_end_as_themselves(either: ForkServer, tmp_path: Path):
     "Answers come in any order; each belongs to its process."
     processes = []

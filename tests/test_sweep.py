@@ -69,7 +69,7 @@ def stand_ins() -> Iterator[None]:
 @pytest.fixture
 def light(monkeypatch: pytest.MonkeyPatch) -> None:
     "A stand-in needs no PyTorch."
-    monkeypatch.setattr("topoqa_nb.sweep.sweep.PRELOADED", ())
+    monkeypatch.setattr("topoqa_nb.sweep.places.PRELOADED", ())
 
 
 def write_manifest(folder: Path, demo: DemoPaths, **content: object) -> Path:

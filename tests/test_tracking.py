@@ -32,7 +32,8 @@ from topoqa_nb.training.mlflow_store import (
     old_store_note,
     store_uri,
 )
-from topoqa_nb.training.tracking import open_sweep_run, open_tracker
+from topoqa_nb.training.mlflow_sweep import open_sweep_run
+from topoqa_nb.training.tracking import open_tracker
 from topoqa_nb.training.training import train
 
 LOSSES = [0.090, 0.075, 0.066, 0.060]
@@ -233,7 +234,7 @@ def test_a_process_killed_while_it_makes_the_database_leaves_none(tmp_path, monk
 
 def test_tracking_that_is_off_does_not_import_mlflow(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from topoqa_nb.training.tracking import *\n"
+        "import sys; from pathlib import Path; from topoqa_nb.training.tracking import *; from topoqa_nb.training.mlflow_sweep import *\n"
         "from topoqa_nb.ground.settings import MlflowConfig; from topoqa_nb.runs.record import RunDirectory\n"
         "with open_tracker(RunDirectory(Path('absent')), MlflowConfig()), open_sweep_run(MlflowConfig(), 'a'): pass\n"
         "assert 'mlflow' not in sys.modules"

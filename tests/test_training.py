@@ -33,7 +33,8 @@ from topoqa_nb.runs.runs import METRIC_COLUMNS, read_metrics
 from topoqa_nb.runs.selection import METRICS, as_loss, other_metric, parse_checkpoint_name
 from topoqa_nb.training.module import TopoQAModule, predict_split
 from topoqa_nb.training.resume import resume
-from topoqa_nb.training.training import check_batch_limits, train
+from topoqa_nb.training.training import train
+from topoqa_nb.training.validation import check_batch_limits
 
 
 def run_once(tiny, folder, name="run", resume_from=None, **changes):
@@ -351,8 +352,8 @@ def test_the_demo_is_learnt_and_shuffled_labels_are_not(demo_set, tmp_path):
     [
         ("trainer.limit_val_batches", 0.25, "0.25 of 1, which hold 64 graphs each; write a number of batches (1 to 1), a fraction from 1, or null"),
         ("trainer.limit_train_batches", 0.001, "0.001 of 4, which hold 2 graphs each; write a number of batches (1 to 4), a fraction from 0.25"),
-        ("trainer.strategy", "foo", "trainer.strategy: expected auto or ddp: a training is one process, found foo"),
-        ("trainer.devices", 2, "trainer.devices: expected 1 or auto: a training is one process, found 2; set trainer.devices=1"),
+        ("trainer.strategy", "foo", "trainer.strategy: expected auto or ddp, found foo"),
+        ("trainer.devices", 2, "trainer.devices: expected 1 or auto without trainer.strategy=ddp, found 2; set trainer.devices=1, or trainer.strategy=ddp"),
     ],
 )  # fmt: skip
 def test_what_lightning_would_refuse_leaves_no_run(tiny, tmp_path, key, value, says):

@@ -17,6 +17,7 @@ import typer
 from topoqa_nb.answer_commands import (
     BatchSize,
     Device,
+    ExecutorOption,
     Labels,
     ModelOption,
     Overwrite,
@@ -144,6 +145,7 @@ def build_command(
     config: Annotated[Path | None, typer.Option(help="YAML with module and params of each stage.")] = None,
     native: Annotated[Path | None, typer.Option(help="As of topoqa label: also write labels.")] = None,
     jobs: Processes = "auto",
+    executor: ExecutorOption = "local",
     hetero: _Hetero = None,
     coordinates: Annotated[
         Literal["xyz", "xyy"] | None,
@@ -166,7 +168,7 @@ def build_command(
         return 0
     if check:
         return _looked_at_again(structures, out, jobs)
-    report = build(structures, out, recipe, native=native, jobs=jobs)
+    report = build(structures, out, recipe, native=native, jobs=jobs, executor=executor)
     print(report.text())
     return 0 if report.ok else 1
 
@@ -183,6 +185,7 @@ def score_command(
     batch_size: BatchSize = 64,
     device: Device = "auto",
     jobs: Processes = "auto",
+    executor: ExecutorOption = "local",
     split_on_ter: SplitOnTer = False,
     overwrite: Overwrite = False,
     run_root: RunRoot = RUN_ROOT,
@@ -195,7 +198,7 @@ def score_command(
 
     options = {"labels": labels, "target_regex": target_regex, "batch_size": batch_size, "device": device}
     place = {"run_root": run_root, "overwrite": overwrite, "jobs": jobs, "split_on_ter": split_on_ter}
-    report = score(structures, models, out, **options, **place)
+    report = score(structures, models, out, executor=executor, **options, **place)
     lines = reason_lines("without a graph", report.failures)
     if out is None:
         print(report.table.to_csv(index=False), end="")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'config_command', 'demo_data_command', 'validate_command', 'env_command', 'cache_command', 'run_command',
-           'resume_command', 'refit_command', 'batch_command', 'summarise_command', 'leaderboard_command',
-           'monitor_command', 'archive_command']
+           'resume_command', 'refit_command', 'rank_command', 'batch_command', 'summarise_command',
+           'leaderboard_command', 'monitor_command', 'archive_command']
 
 # %% ../nbs/99_cli.ipynb #99-003
 import json
@@ -25,6 +25,7 @@ from topoqa_nb import (  # noqa: F401  they register their commands
     pipeline_commands,
     report_command,
 )
+from .answer_commands import ExecutorOption
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground import console
 from .ground.config import dump_config, load_config
@@ -218,6 +219,17 @@ def refit_command(
 
     refit(run, run_name=run_name)
 
+# %% ../nbs/99_cli.ipynb #99-601
+@app.command("rank", hidden=True)
+def rank_command(
+    told: Annotated[str, typer.Argument(help="A place and the process that leads, as JSON.")],
+) -> None:
+    "Take part in a training that another process leads."
+    with fast_import():
+        from topoqa_nb.training.following import follow_leader
+
+    follow_leader(told)
+
 # %% ../nbs/99_cli.ipynb #99-018
 def _run_shown(
     planned: Sequence[object],  # from `plan_jobs`
@@ -250,9 +262,7 @@ def batch_command(
     override: Override = [],  # noqa: B006
     output_root: Annotated[Path | None, typer.Option("--run-root", help="Run root of all jobs.")] = None,
     jobs: Jobs = 1,
-    executor: Annotated[  # in the help when there is a second one that works
-        Literal["local", "ray"], typer.Option(hidden=True, help="Where jobs run.")
-    ] = "local",
+    executor: ExecutorOption = "local",
     skip_completed: Annotated[
         bool, typer.Option("--skip-completed", help="Do not repeat completed jobs.")
     ] = False,
@@ -261,7 +271,8 @@ def batch_command(
 ) -> int:
     "Run every job of a manifest."
     find_file(manifest, "manifests", [Path.cwd()])
-    with nullcontext() if dry_run else ForkServer(PRELOADED) as server:
+    is_here = executor == "local" and not dry_run
+    with ForkServer(PRELOADED) if is_here else nullcontext() as server:
         with fast_import():
             from topoqa_nb.sweep.manifest import describe_job, load_manifest, plan_jobs
 
@@ -359,7 +370,7 @@ ORDER = (
     *("score", "predict", "evaluate", "compare", "split", "cross-validate", "search", "report", "export"),
     *("validate", "cache", "env", "config", "demo-data"),
 )
-app.registered_commands.sort(key=lambda command: ORDER.index(command.name))
+app.registered_commands.sort(key=lambda command: (*ORDER, "rank").index(command.name))
 
 # %% ../nbs/99_cli.ipynb #99-022
 if __name__ == "__main__" and "__file__" in globals():

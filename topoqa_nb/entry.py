@@ -24,6 +24,7 @@ from typer.exceptions import TyperException
 from . import __version__
 from .ground.console import LOG_LEVEL, check_text, console_for, console_level, to_nobody
 from .ground.core import ConfigError, TopoqaError, TrainingError, resource_error
+from .ground.machine import end_quickly
 from .ground.signals import Interrupted, end_without_cleaning, interruptible
 
 # %% ../nbs/97_entry.ipynb #97-102
@@ -151,12 +152,18 @@ def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
 ) -> int:  # exit code
     "The command line."
-    if arguments is None:
-        end_without_cleaning()
-    if arguments is None and sys.stderr and not faulthandler.is_enabled():
+    if arguments is not None:
+        return _answered(arguments)
+    end_without_cleaning()
+    end_quickly()
+    if sys.stderr and not faulthandler.is_enabled():
         faulthandler.enable(all_threads=False)  # names a SIGBUS or SIGSEGV, and where it happened
-    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    arguments = usual_options(arguments)
+    return end_quickly(_answered(sys.argv[1:]))
+
+
+def _answered(arguments: Sequence[str]) -> int:
+    "Do what a command line says, and give the exit code."
+    arguments = usual_options(arguments or ["--help"])
     command = next((word for word in arguments if not word.startswith("-")), "--help")
     if command in ("pipeline", "fine-tune"):
         arguments = joined_pairs(arguments)

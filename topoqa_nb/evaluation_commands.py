@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from .answer_commands import Device, ModelOption, MoreModels, RunRoot, TargetRegex
+from .answer_commands import Device, ExecutorOption, ModelOption, MoreModels, RunRoot, TargetRegex
 from .entry import RUN_ROOT, Jobs, Override, app
 from .ground.console import no_room_line, print_columns, short_names, standard_output
 from .ground.core import ConfigError, to_json
@@ -234,6 +234,7 @@ def cross_validate_command(
     override: Override = [],  # noqa: B006
     output_root: Annotated[Path | None, typer.Option("--run-root", help="Run root of all runs.")] = None,
     jobs: Jobs = 1,
+    executor: ExecutorOption = "local",
     bootstrap: Bootstrap = 2000,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -255,7 +256,9 @@ def cross_validate_command(
         out,
         **how,
         plan={"overrides": override, "output_root": output_root},
-        train=lambda planned: run_jobs(planned, jobs=jobs, say=say, watch=watch, name="cross-validation"),
+        train=lambda planned: run_jobs(
+            planned, jobs=jobs, executor=executor, say=say, watch=watch, name="cross-validation"
+        ),
     )
     for evaluation in found.values():
         print(*summary_lines(evaluation), sep="\n")
@@ -271,6 +274,7 @@ def search_command(
     override: Override = [],  # noqa: B006
     output_root: Annotated[Path | None, typer.Option("--run-root", help="Run root of all runs.")] = None,
     jobs: Jobs = 1,
+    executor: ExecutorOption = "local",
     bootstrap: Annotated[int, typer.Option(min=1, help="Resamples of the intervals.")] = 2000,
     seed: Seed = 0,
     winner: Annotated[Path | None, typer.Option(help="Also write the best configuration here.")] = None,
@@ -279,6 +283,7 @@ def search_command(
     "Which configuration is best, and is it told apart from the default? Stopped, it goes on."
     with fast_import():
         from topoqa_nb.sweep.processes import PRELOADED, ForkServer
+        from topoqa_nb.sweep.ray_jobs import RayServer
         from topoqa_nb.sweep.search import check_winner, finish_search, plan_search, run_search
         from topoqa_nb.sweep.sweep import run_jobs
         from topoqa_nb.sweep.table import listeners
@@ -286,16 +291,16 @@ def search_command(
     how = {"folds": folds, "seed": seed, "families": families, "overrides": override}
     search = plan_search(space, out, **how, output_root=output_root)
     check_winner(search, winner, overwrite)
-    say, _ = listeners()
-    with ForkServer(PRELOADED) as server:
+    with ForkServer(PRELOADED) if executor == "local" else RayServer() as server:
 
         def train(planned: list) -> object:
             tell, watch = listeners()
             heard = {"say": lambda line: " | Epoch " in line or tell(line), "watch": watch, "server": server}
-            return run_jobs(planned, jobs=jobs, name="search", skip_completed=True, **heard)
+            heard |= {"jobs": jobs, "executor": executor}
+            return run_jobs(planned, name="search", skip_completed=True, **heard)
 
-        width = available_cores() if jobs == "auto" else jobs
-        found = run_search(search, trials, train=train, width=width, say=say)
+        width = folds if executor == "ray" else available_cores() if jobs == "auto" else jobs
+        found = run_search(search, trials, train=train, width=width, say=listeners()[0])
     answer = finish_search(search, found, bootstrap=bootstrap, winner=winner)
     print(answer.table().to_string(index=False), "", answer.sentence(), sep="\n")
     print(f"report: {search.out / 'answer' / 'search.html'}", file=sys.stderr)

@@ -94,9 +94,6 @@ def run_or_plan(
         print(*outcome_lines(answer, Path(summary["reports_dir"])), sep="\n")
 
 # %% ../nbs/98_pipeline_commands.ipynb #98-110
-_HIDDEN = ("executor",)  # in the help when there is a second one that works
-
-
 def with_pipeline_options(
     command: Callable[..., None],  # its first parameter is the context, its last one `**options`
 ) -> Callable[..., None]:
@@ -117,7 +114,7 @@ def _option(parameter: str) -> inspect.Parameter:
         kind, default = list[str], []
     name = parameter.removesuffix("s") if parameter in _SEVERAL else parameter
     metavar = "KEY=VALUE" if get_origin(field.annotation) is dict else None
-    shown = {"metavar": metavar, "help": field.description, "hidden": parameter in _HIDDEN}
+    shown = {"metavar": metavar, "help": field.description}
     option = typer.Option(f"--{name.replace('_', '-')}", **shown)
     hint = AutoJobs if name == "jobs" else Annotated[kind, option]  # a number or auto, as in other commands
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)

@@ -8,7 +8,8 @@ __all__ = ['check_request', 'describe', 'table_of', 'predict', 'predict_labelled
 # %% ../../nbs/5_answers/50c_predict.ipynb #50c-003
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -16,11 +17,13 @@ import pandas as pd
 from .inference import Scorer, Scores
 from .models import RUN_ROOT, Model, copies
 from .predictions import check_out, read_predictions, with_labels, write_predictions
+from .shards import forget_shards, scored_on_cluster
 from ..data.graphs import list_graphs
 from ..data.labels import Labels, match_labels, read_labels, target_of
 from ..ground.console import say
 from ..ground.core import HALF_CHARACTER, ConfigError, DataError, now, plain, sha256_file, sha256_json
 from ..ground.machine import package_versions
+from ..ground.tasks import ExecutorName, is_cluster
 
 # %% ../../nbs/5_answers/50c_predict.ipynb #50c-007
 def check_request(
@@ -105,18 +108,35 @@ def predict(
     device: str = "auto",  # cpu, cuda, mps, or auto for the best there is
     run_root: str | Path = RUN_ROOT,  # where runs are looked for by name
     overwrite: bool = False,  # files that are there may be replaced
+    executor: ExecutorName = "local",  # this process, or a Ray cluster; there auto means cpu
     options: Mapping[str, object] | None = None,  # of `Scorer.score`: batch_size, use_store, ...
 ) -> pd.DataFrame:  # as it was written
     "Score a directory and write the table. Raises `ConfigError`, `CheckpointError`, `SchemaError`, `DataError`."
     check_out(out, overwrite)
-    scorer = Scorer.load(*models, run_root=run_root, device=device)
+    there = is_cluster(executor)
+    scorer = Scorer.load(*models, run_root=run_root, device="cpu" if there else device)
     known = read_labels(labels) if labels else None
     check_request(graph_dir, known, target_regex)
-    scores = scorer.score(graph_dir, **(options or {}))
-    frame, notes = table_of(scorer, scores, known, target_regex)
-    check_out(out, overwrite)  # somebody may have been faster
-    write_predictions(out, frame, describe(scorer.models, graph_dir, scores, notes, known))
+    place = {"overwrite": overwrite, "device": "cpu" if device == "auto" else device} if there else None
+    with _scored(scorer, Path(graph_dir), Path(out), dict(options or {}), place) as scores:
+        frame, notes = table_of(scorer, scores, known, target_regex)
+        check_out(out, overwrite)  # somebody may have been faster
+        write_predictions(out, frame, describe(scorer.models, graph_dir, scores, notes, known))
     return frame
+
+
+@contextmanager
+def _scored(
+    scorer: Scorer, graph_dir: Path, out: Path, how: dict[str, object], there: dict[str, object] | None
+) -> Iterator[Scores]:
+    "In this process, or on a cluster, where nothing is packed: there every graph is read once."
+    if there is None:
+        yield scorer.score(graph_dir, **how)
+        forget_shards(out)
+    else:
+        reading = {key: value for key, value in how.items() if key not in ("use_store", "store_dir")}
+        with scored_on_cluster(scorer, graph_dir.absolute(), out.absolute(), **there, **reading) as scores:
+            yield scores
 
 # %% ../../nbs/5_answers/50c_predict.ipynb #50c-101
 def predict_labelled(

@@ -7,12 +7,13 @@ __all__ = ['Plan', 'plan_build', 'Report', 'build']
 
 # %% ../../nbs/9_build/98_build.ipynb #98-003
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from .batches import Kept, builders
 from .inputs import find_natives, find_structures
 from topoqa_nb.build.journal import (
     Columns,
@@ -25,13 +26,15 @@ from topoqa_nb.build.journal import (
     file_state,
     journal_of,
 )
-from .outputs import Places, graph_bytes, save_graph_file, usable, write_outputs
+from .outputs import Places, usable, write_outputs
 from .progress import listed, reason_lines, watched
 from .recipe import Recipe
 from .structures import needed
-from .workers import Job, Outcome, outcomes, process_count
+from .workers import Job
 from ..ground.console import say
 from ..ground.core import ConfigError, DataError, held, remove_temporaries
+from ..ground.signals import Interrupted
+from ..ground.tasks import ExecutorName
 
 # %% ../../nbs/9_build/98_build.ipynb #98-006
 @dataclass(frozen=True)
@@ -117,40 +120,27 @@ def _is_labelled(line: LabelLine | None, state: FileState, native: FileState) ->
     return line is not None and (line.source, line.native) == (state, native)
 
 # %% ../../nbs/9_build/98_build.ipynb #98-011
-def _keep(outcome: Outcome, plan: Plan, places: Places, journal: Journal) -> None:
-    "Write what came of a structure."
-    name = outcome.job.name
-    if outcome.job.recipe:
-        _keep_graph(outcome, plan.structures[name], places, journal)
-    if outcome.job.native:
-        line = {"name": name, "source": plan.structures[name], "native": plan.natives[name]}
-        if outcome.score:
-            total, mapping = outcome.score.total, dict(outcome.score.mapping)
-            line |= {part: getattr(total, part) for part in ("dockq", "fnat", "irmsd", "lrmsd")} | {
-                "mapping": mapping
-            }
-        journal.add(LabelLine(**line, reason=outcome.label_reason))
+def _note(kept: Kept, plan: Plan, journal: Journal) -> None:
+    "Tell the journal what came of a structure."
+    source = plan.structures[kept.name]
+    if kept.columns and not journal.columns:
+        journal.add(Columns(columns=tuple(kept.columns)))
+    if kept.graph is not None:
+        journal.add(GraphLine(name=kept.name, source=source, **kept.graph))
+    if kept.label is not None:
+        native = plan.natives[kept.name]
+        journal.add(LabelLine(name=kept.name, source=source, native=native, **kept.label))
 
 
-def _keep_graph(outcome: Outcome, source: FileState, places: Places, journal: Journal) -> None:
-    name, graph, watch = outcome.job.name, outcome.graph, outcome.watch
-    facts: dict[str, object] = {"reason": outcome.reason, "lasting": outcome.lasting}
-    if graph:
-        if not journal.columns:
-            journal.add(Columns(columns=graph.columns))
-        content = graph_bytes(name, graph, outcome.job.recipe)
-        save_graph_file(places.graph(name), content)
-        edges, edge_dim = graph.edge_attr.shape
-        facts = {
-            "bytes": len(content),
-            "nodes": len(graph.x),
-            "edges": edges,
-            "edge_dim": edge_dim,
-            "notes": graph.notes,
-        }
-    else:
-        places.graph(name).unlink(missing_ok=True)
-    journal.add(GraphLine(name=name, source=source, stage=watch.stage, seconds=watch.seconds, **facts))
+def _note_all(found: Iterable[Kept], plan: Plan, journal: Journal, tell: bool) -> None:
+    "The same of all that is built."
+    done, total = 0, len(plan.jobs)
+    try:
+        for done, kept in enumerate(watched(found, total, tell), 1):  # noqa: B007
+            _note(kept, plan, journal)
+    except Interrupted:
+        say(f"{done} of {total} structures are done and kept; the same command goes on from there")
+        raise
 
 # %% ../../nbs/9_build/98_build.ipynb #98-013
 @dataclass(frozen=True)
@@ -217,25 +207,25 @@ def build(
     recipe: Recipe | None = None,  # None: the defaults
     *,
     native: str | Path | None = None,  # a structure, or a folder of them; None: no labels
-    jobs: int | Literal["auto"] = "auto",  # processes; auto: one a core
+    jobs: int | Literal["auto"] = "auto",  # processes of this machine; auto: one a core
+    executor: ExecutorName = "local",  # this machine, or a Ray cluster
     tell: bool = True,  # False: no lines about it, only a bar in a terminal
 ) -> Report:
     "Make the graphs, and labels, that are not there yet. Raises `DataError`, `ConfigError`, `ResourceError`, `RunError`."
     for package in ("gemmi", "numba"):
         needed(package)
     recipe, places = recipe or Recipe(), Places(Path(out).absolute())
-    plan_build(structures, places, recipe, native, Journal(places.journal))  # refuses before anything is made
-    with held(places.out):
+    plan = plan_build(structures, places, recipe, native, Journal(places.journal))  # refuses before it makes
+    inputs = [Path(path).absolute() for path in (*structures, *([native] if native else []))]
+    with builders(executor, jobs, len(plan.jobs), places, inputs) as (processes, build_all), held(places.out):
         remove_temporaries(places.out)
         with journal_of(places.journal, recipe) as journal:
             plan = plan_build(structures, places, recipe, native, journal)
             _forget_lost(plan, places, journal)
-            processes = process_count(jobs, len(plan.jobs))
             if tell:
                 _tell(plan, processes)
-            with closing(outcomes(plan.jobs, processes)) as found:
-                for outcome in watched(found, len(plan.jobs), tell):
-                    _keep(outcome, plan, places, journal)
+            with closing(build_all(plan.jobs)) as found:
+                _note_all(found, plan, journal, tell)
             if not (journal.in_step and places.sidecar.is_file() and places.summary.is_file()):
                 write_outputs(places, recipe, journal)
                 journal.add(Written())

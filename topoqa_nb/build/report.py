@@ -26,6 +26,7 @@ from ..data.labels import QUALITY_LIMITS, read_labels
 from ..ground.core import write_text
 from ..ground.figure_style import COLOURS, new_figure
 from ..ground.html_page import figure_html, html_page, table_html
+from ..ground.tasks import ExecutorName
 
 # %% ../../nbs/9_build/98f_build_report.ipynb #98f-006
 class BuildParameters(BaseModel):
@@ -41,6 +42,7 @@ class BuildParameters(BaseModel):
     params: tuple[str, ...] = Field((), description="stage.key=value, such as interface.cutoff=14.")
     split_on_ter: StrictBool = Field(False, description="A TER record ends a chain of the same name.")
     jobs: int | Literal["auto"] = Field("auto", description="Processes; auto: one a core.")
+    executor: ExecutorName = Field("local", description="This machine, or a Ray cluster.")
 
 
 def build_of(
@@ -53,7 +55,8 @@ def build_of(
         structures, native = [demo / "structures"], native or demo / "natives"
     params = [*parameters.params, *["interface.split_on_ter=true"] * parameters.split_on_ter]
     recipe = load_recipe(parameters.config, parameters.modules, params)
-    return build(structures, parameters.out, recipe, native=native, jobs=parameters.jobs, tell=False)
+    how = {"jobs": parameters.jobs, "executor": parameters.executor, "tell": False}
+    return build(structures, parameters.out, recipe, native=native, **how)
 
 # %% ../../nbs/9_build/98f_build_report.ipynb #98f-009
 def feature_ranges(

@@ -9,8 +9,9 @@ __all__ = ['recipe_of', 'ScoreReport', 'score']
 import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -18,20 +19,24 @@ import pandas as pd
 import torch
 from torch_geometric.data import Data
 
-from ..answers.inference import Scorer
+from ..answers.inference import Scorer, Scores, score_objects
 from ..answers.models import RUN_ROOT, Model
 from ..answers.predict import describe, table_of
 from ..answers.predictions import check_out, write_predictions
+from ..answers.shards import Asked, Question, fill, loaded, question, shard_size, shards_of
+from .batches import Batch, batches_done
 from .inputs import find_structures
+from .journal import file_state
 from .modules import MODULES, STAGES, make_module
 from .progress import watched
-from .recipe import Graph, Recipe, graph_facts
+from .recipe import Graph, Recipe, build_graph, graph_facts
 from .structures import StructureError
 from .workers import Job, Outcome, outcomes, process_count
 from ..data.labels import match_labels, read_labels, target_of
 from ..data.schema import EdgeSchema, FeatureSchema, NodeSchema, check_features, known_recipe
 from ..ground.console import say
 from ..ground.core import CheckpointError, ConfigError
+from ..ground.tasks import ExecutorName, is_cluster, on_cluster
 
 # %% ../../nbs/9_build/98e_score.ipynb #98e-006
 def recipe_of(
@@ -89,11 +94,12 @@ class _Built:
     schema: FeatureSchema | None = None  # of the first graph
     failures: dict[str, str] = field(default_factory=dict)  # name -> why there is no graph
 
-    def graphs(self, found: Iterable[Outcome]) -> Iterator[Data]:
-        "The graphs among some outcomes. Raises `SchemaError` when the models read other features."
+    def graphs(self, found: Iterable[Outcome]) -> Iterator[Data | None]:
+        "The graphs of some outcomes, None where there is none. Raises `SchemaError` when the models read other features."
         for outcome in found:
             if outcome.graph is None:
                 self.failures[outcome.job.name] = outcome.reason
+                yield None
                 continue
             if self.schema is None:
                 self.schema = _schema_of(self.recipe, outcome.graph)
@@ -159,50 +165,131 @@ def score(
     device: str = "auto",  # cpu, cuda, mps, or auto for the best there is
     run_root: str | Path = RUN_ROOT,  # where runs are looked for by name
     overwrite: bool = False,  # files that are there may be replaced
-    jobs: int | Literal["auto"] = "auto",  # processes; auto: one a core
+    jobs: int | Literal["auto"] = "auto",  # processes of this machine; auto: one a core
+    executor: ExecutorName = "local",  # this machine, or a Ray cluster; there auto means cpu
     split_on_ter: bool = False,  # a TER record ends a chain also where the next has the same name
 ) -> ScoreReport:
     "Build and rank. Raises `ConfigError`, `CheckpointError`, `SchemaError`, `DataError`, `ResourceError`."
     if out is not None:
         check_out(out, overwrite)
-    scorer, found = Scorer.load(*models, run_root=run_root, device=device), find_structures(structures)
+    there = _is_cluster(executor, out)
+    scorer = Scorer.load(*models, run_root=run_root, device="cpu" if there else device)
+    found = find_structures(structures)
     known = read_labels(labels) if labels else None
     for name in found:
         target_of(name, target_regex)
     if known:
         match_labels(known, found)
     recipe = recipe_of(scorer.models[0], split_on_ter)
-    scores, failures = _scores(
-        scorer, [Job(name, path, recipe) for name, path in found.items()], batch_size, jobs
-    )
-    table, notes = table_of(scorer, scores, known, target_regex)
-    if out is not None:
-        check_out(out, overwrite)  # somebody may have been faster
-        about = {
-            "structures": [str(Path(path).absolute()) for path in structures],
-            "recipe": recipe.to_dict(),
-        }
-        write_predictions(out, table, describe(scorer.models, None, scores, notes, known) | about)
-    return ScoreReport(table, failures)
+    tasks = [Job(name, path, recipe) for name, path in found.items()]
+    given = [Path(path).absolute() for path in structures]
+    place = {"out": Path(out).absolute(), "overwrite": overwrite, "device": device} if there else None
+    with _scored(scorer, tasks, batch_size, jobs, given, place) as scores:
+        table, notes = table_of(scorer, scores, known, target_regex)
+        if out is not None:
+            check_out(out, overwrite)  # somebody may have been faster
+            about = {"structures": [str(path) for path in given], "recipe": recipe.to_dict()}
+            write_predictions(out, table, describe(scorer.models, None, scores, notes, known) | about)
+    return ScoreReport(table, _by_reason(scores))
 
 # %% ../../nbs/9_build/98e_score.ipynb #98e-019
-def _scores(
-    scorer: Scorer, tasks: Sequence[Job], batch_size: int, jobs: int | Literal["auto"]
-) -> tuple[object, dict[str, list[str]]]:
-    "Scores of all structures that give a graph, and why the others give none."
-    built, by_reason = _Built(tasks[0].recipe, scorer.models), defaultdict(list)
+def _scores(scorer: Scorer, tasks: Sequence[Job], batch_size: int, jobs: int | Literal["auto"]) -> Scores:
+    "Scores of all structures that give a graph; what gives none is skipped."
+    built = _Built(tasks[0].recipe, scorer.models)
     with closing(outcomes(tasks, process_count(jobs, len(tasks)))) as found:
         graphs = built.graphs(_in_turn(tasks, watched(found, len(tasks))))
-        if (first := next(graphs, None)) is None:
-            name, reason = next(iter(built.failures.items()))
-            where, fix = f"{len(tasks)} structures", "see that they are complexes of protein chains"
-            raise StructureError(where, "a structure that gives a graph", f"none; {name}: {reason}", fix)
-        scores = scorer.score(_with_first(first, graphs), batch_size=batch_size)
-    for name, reason in built.failures.items():
-        by_reason[reason].append(name)
-    return dataclasses.replace(scores, skipped=built.failures, schema=built.schema), dict(by_reason)
+        scores = score_objects(scorer, graphs, batch_size)
+    return dataclasses.replace(scores, skipped=built.failures, schema=built.schema)
 
 
-def _with_first(first: Data, others: Iterable[Data]) -> Iterator[Data]:
-    yield first
-    yield from others
+def _check_some(scores: Scores) -> None:
+    if not scores.names:
+        name, reason = next(iter(scores.skipped.items()))
+        where, fix = f"{len(scores.skipped)} structures", "see that they are complexes of protein chains"
+        raise StructureError(where, "a structure that gives a graph", f"none; {name}: {reason}", fix)
+
+
+def _by_reason(scores: Scores) -> dict[str, list[str]]:
+    found = defaultdict(list)
+    for name, reason in scores.skipped.items():
+        found[reason].append(name)
+    return dict(found)
+
+# %% ../../nbs/9_build/98e_score.ipynb #98e-101
+@dataclass(frozen=True, kw_only=True)
+class _Scoring(Batch):
+    "Structures of a shard, and whom to ask."
+
+    number: int
+    models: Asked
+    batch_size: int
+
+
+def _score_batch(scoring: _Scoring) -> Scores:
+    scorer = loaded(scoring.models)
+    built = _Built(scoring.jobs[0].recipe, scorer.models)
+    with closing(scoring.outcomes()) as found:
+        scores = score_objects(scorer, built.graphs(_in_turn(scoring.jobs, found)), scoring.batch_size)
+    return dataclasses.replace(scores, skipped=built.failures)
+
+
+def _is_cluster(executor: str, out: str | Path | None) -> bool:
+    "Raise `ConfigError` also where there is no place for what comes back."
+    there = is_cluster(executor)
+    if there and out is None:
+        fix = "name one, or leave the executor out"
+        raise ConfigError("--out", "a file, beside which finished parts are kept", "none", fix)
+    return there
+
+# %% ../../nbs/9_build/98e_score.ipynb #98e-102
+_SHARD = 64  # structures, or a batch if that is larger; a structure takes 0.06 s or more
+
+
+@contextmanager
+def _scored(
+    scorer: Scorer,
+    tasks: Sequence[Job],
+    batch_size: int,
+    jobs: int | Literal["auto"],
+    inputs: Sequence[Path],  # files and folders that are read
+    there: dict[str, object] | None,  # out, overwrite and device of a cluster; None: here
+) -> Iterator[Scores]:  # the table is written inside of this
+    "Scores from this machine, or from a cluster. Raises `StructureError` when no structure gives a graph."
+    if there is None:
+        scores = _scores(scorer, tasks, batch_size, jobs)
+        _check_some(scores)
+        yield scores
+        return
+    models = Asked.of(scorer, "cpu" if there["device"] == "auto" else there["device"])
+    how = {"batch_size": batch_size, "device": models.device, "recipe": tasks[0].recipe.sha256}
+    asked = question(scorer.models, _states(tasks), shard_size(batch_size, _SHARD), **how)
+    with shards_of(there["out"], asked, there["overwrite"]) as shards:
+        scores = fill(
+            shards, lambda numbers: _ask(_scorings(asked, tasks, numbers, models, batch_size), inputs)
+        )
+        _check_some(scores)
+        first = next(task for task in tasks if task.name == scores.names[0])
+        graph = build_graph(first.path, first.recipe)
+        yield dataclasses.replace(scores, schema=_schema_of(first.recipe, graph))
+
+# %% ../../nbs/9_build/98e_score.ipynb #98e-103
+def _states(tasks: Sequence[Job]) -> dict[str, tuple[int, int]]:
+    found = ((task.name, file_state(task.path)) for task in tasks)
+    return {name: (state.size, state.modified) for name, state in found}
+
+
+def _scorings(
+    asked: Question, tasks: Sequence[Job], numbers: Sequence[int], models: Asked, batch_size: int
+) -> Iterator[_Scoring]:
+    for number in numbers:
+        jobs = tuple(tasks[asked.slice(number)])
+        yield _Scoring(jobs=jobs, number=number, models=models, batch_size=batch_size)
+
+
+def _ask(scorings: Iterator[_Scoring], inputs: Sequence[Path]) -> Iterator[tuple[int, Scores]]:
+    "What the nodes of a cluster say."
+    first = next(scorings)
+    gpus, seen = int(first.models.device == "cuda"), [*inputs, *first.models.files]
+    with on_cluster(gpus, inputs=seen) as (calls, room):
+        for scoring, scores in batches_done(calls, _score_batch, chain([first], scorings), room):
+            yield scoring.number, scores

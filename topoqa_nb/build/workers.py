@@ -13,11 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Literal
@@ -26,6 +25,7 @@ from .dockq import ComplexScore, dockq, read_native
 from .recipe import Graph, Recipe, Watch, build_graph
 from ..ground.core import ResourceError, TopoqaError
 from ..ground.machine import available_cores, is_alive, this_process, thread_limits
+from ..ground.tasks import AHEAD, as_they_come
 
 # %% ../../nbs/9_build/97c_workers.ipynb #97c-006
 @dataclass(frozen=True)
@@ -84,9 +84,6 @@ def _tried(action: Callable[[], object], path: Path) -> tuple[object, str | None
         return None, f"unforeseen {type(problem).__name__}: {said}", False
 
 # %% ../../nbs/9_build/97c_workers.ipynb #97c-011
-_AHEAD = 2  # jobs on their way for each process
-
-
 def _start_worker(asking: int, started: float) -> None:
     "In a process group of its own a worker is out of reach of Ctrl-C; it does not outlive the one that asks."
     os.setpgid(0, 0)  # half an answer in a pipe would be waited for without end
@@ -154,22 +151,14 @@ def outcomes(
 # %% ../../nbs/9_build/97c_workers.ipynb #97c-014
 def _one_pool(jobs: Iterator[Job], processes: int) -> Generator[Outcome, None, list[Job]]:
     "Outcomes until there are no more jobs, or a process ends; then the jobs that were in hand."
-    in_hand: dict[str, Job] = {}
-    running: set[Future] = set()
+    in_hand = []
     with _executor(processes) as executor:
-        try:
-            while True:
-                for job in islice(jobs, _AHEAD * processes - len(in_hand)):
-                    in_hand[job.name] = job
-                    running.add(executor.submit(work, job))
-                if not running:
-                    return []
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for outcome in [future.result() for future in done]:
-                    del in_hand[outcome.job.name]
-                    yield outcome
-        except BrokenProcessPool:
-            return list(in_hand.values())
+        for job, future in as_they_come(executor, work, jobs, AHEAD * processes):
+            if isinstance(future.exception(), BrokenProcessPool):
+                in_hand.append(job)
+            else:
+                yield future.result()
+    return in_hand
 
 
 _LOST = "its process was ended from outside, perhaps for its use of memory"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Coverage', 'Split', 'load_split', 'shared_between', 'few', 'coverage_report', 'split_table', 'check_coverage',
-           'data_fingerprint', 'first_decoys', 'split_fingerprint', 'epoch_order', 'limited', 'EpochBatches',
-           'prepare_workers', 'make_loader']
+           'data_fingerprint', 'first_decoys', 'split_fingerprint', 'epoch_order', 'limited', 'share', 'EpochBatches',
+           'counted_graphs', 'rank_weight', 'prepare_workers', 'make_loader']
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-004
 import math
@@ -267,6 +267,15 @@ def limited(
         return batches
     return min(limit, batches) if isinstance(limit, int) else int(batches * limit)
 
+# %% ../../nbs/1_data/17_batches.ipynb #17-113
+def share(
+    count: int,  # things to share
+    rank: int,  # number of a process, from 0
+    ranks: int,  # processes, > 0
+) -> tuple[int, int]:  # first, and the one after the last
+    "Which of some things are those of a process; all are somebody's, and nobody has two more than another."
+    return count * rank // ranks, count * (rank + 1) // ranks
+
 # %% ../../nbs/1_data/17_batches.ipynb #17-028
 class EpochBatches(Sampler):
     "Lists of positions, a batch each; the same for the same seed and epoch."
@@ -274,16 +283,18 @@ class EpochBatches(Sampler):
     def __init__(
         self,
         count: int,  # decoys of the split
-        batch_size: int,  # graphs, > 0; the last batch may be smaller
+        batch_size: int,  # graphs of a process, > 0; the last batch may be smaller
         shuffle: bool,  # False: the order of the label file, in every epoch
         seed: int = 0,  # of the order
         *,
         together: int = 1,  # batches that are handed out at once
         limit: int | float | None = None,  # batches an epoch, as a number or a fraction; None: all
+        rank: int = 0,  # number of this process, from 0
+        ranks: int = 1,  # processes that share each batch
     ):
         self.count, self.batch_size, self.shuffle, self.seed = count, batch_size, shuffle, seed
-        self.together, self.epoch = together, 0
-        self.batches = limited(math.ceil(count / batch_size), limit)
+        self.together, self.rank, self.ranks, self.epoch = together, rank, ranks, 0
+        self.batches = limited(math.ceil(count / (batch_size * ranks)), limit)
 
     def set_epoch(
         self,
@@ -297,8 +308,31 @@ class EpochBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = epoch_order(self.count, self.seed, self.epoch) if self.shuffle else torch.arange(self.count)
-        taken = order[: self.batches * self.batch_size]
-        return (batch.tolist() for batch in taken.split(self.together * self.batch_size))
+        whole = order.split(self.batch_size * self.ranks)[: self.batches]
+        own = [batch[slice(*share(len(batch), self.rank, self.ranks))] for batch in whole]
+        own = [part if len(part) else batch[:1] for part, batch in zip(own, whole, strict=True)]
+        starts = range(0, len(own), self.together)
+        return (torch.cat(own[start : start + self.together]).tolist() for start in starts)
+
+# %% ../../nbs/1_data/17_batches.ipynb #17-114
+def counted_graphs(
+    batches: EpochBatches,
+    number: int,  # of a batch, from 0
+) -> tuple[int, int]:
+    "Graphs of a batch that count in this process, and in all processes."
+    most = batches.batch_size * batches.ranks
+    whole = min(most, batches.count - number * most)
+    first, end = share(whole, batches.rank, batches.ranks)
+    return end - first, whole
+
+
+def rank_weight(
+    batches: EpochBatches,
+    number: int,  # of a batch, from 0
+) -> float:  # 1.0, except in a short last batch; 0.0 for a process without a graph of it
+    "What a mean over this process's graphs counts, so that the mean of all processes is that of all graphs."
+    own, whole = counted_graphs(batches, number)
+    return batches.ranks * own / whole
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-301
 _SOCKET_PATH = {"darwin": 103}.get(sys.platform, 107)  # bytes that the path of a socket may have
@@ -336,7 +370,7 @@ class _Batches(Dataset):
             batch.part_edges = [int(part.sum()) for part in edges]
         return batch
 
-
+# %% ../../nbs/1_data/17_batches.ipynb #17-117
 def make_loader(
     split: Split,  # decoys to hand out, each once an epoch
     *,
@@ -346,14 +380,17 @@ def make_loader(
     num_workers: int = 0,  # loader processes; the batches are the same for any number
     together: int = 1,  # batches that are handed out as one
     limit: int | float | None = None,  # batches an epoch, as a number or a fraction; None: all
+    rank: int = 0,  # number of this process, from 0
+    ranks: int = 1,  # processes that share each batch
 ) -> DataLoader:  # of PyG batches with y [B] and position [B], and parts when they are several
     "Batches of a split in an order that depends on seed and epoch alone."
     if num_workers:
         prepare_workers()
+    cut = {"together": together, "limit": limit, "rank": rank, "ranks": ranks}
     return DataLoader(
         _Batches(split, batch_size),
         batch_size=None,
-        sampler=EpochBatches(len(split), batch_size, shuffle, seed, together=together, limit=limit),
+        sampler=EpochBatches(len(split), batch_size, shuffle, seed, **cut),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_begin_loading,

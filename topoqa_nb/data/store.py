@@ -25,13 +25,13 @@ from typing import Annotated
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field
 from torch_geometric.data import Batch, Data
 
 from .packing import ARRAYS, FileState, check_names, file_states, pack_graphs, read_unchanged
 from ..ground.console import log, say
 from ..ground.core import DataError, TrainingError, read_json, remove_temporaries, write_text
+from ..ground.machine import usual_stores
 
 # %% ../../nbs/1_data/13_store.ipynb #13-007
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,10 +181,10 @@ _FORMAT = 2  # of the packed files; a store of another format has another key
 
 
 def store_root(
-    store_dir: str | Path | None = None,  # paths.store; None: the user's cache folder
+    store_dir: str | Path | None = None,  # paths.store; None: `usual_stores`
 ) -> Path:
     "Where packed stores are kept."
-    return user_cache_path("topoqa_nb") / "stores" if store_dir is None else Path(store_dir)
+    return usual_stores() if store_dir is None else Path(store_dir)
 
 
 def _place(graph_dir: Path, trust_pickles: bool, store_dir: Path | None) -> Path:

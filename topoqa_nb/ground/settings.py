@@ -174,7 +174,7 @@ class ModelConfig(Section):
 class DataloaderConfig(Section):
     "How graphs are handed to the network."
 
-    batch_size: Integer = Field(16, ge=1)  # graphs
+    batch_size: Integer = Field(16, ge=1)  # graphs, of each process
     num_workers: Integer = Field(0, ge=0, le=256)  # loader processes; 0 = the training process itself
     seed: Integer = Field(222, ge=0)  # initial weights, dropout, order of the graphs
 
@@ -183,9 +183,9 @@ class TrainerConfig(Section):
     "The machine and the length of a training."
 
     accelerator: Literal["cpu", "gpu", "cuda", "mps", "auto"] = "cpu"  # what a training runs on
-    devices: Count = 1  # processes on one node
+    devices: Count = 1  # with strategy ddp: processes on a machine
     num_nodes: Integer = Field(1, ge=1)  # machines
-    strategy: str = "auto"  # Lightning's name, such as ddp
+    strategy: str = "auto"  # ddp: one training on several processes; auto: one process
     precision: Precision = 32  # bits of a number, or a mixture
     num_epochs: Integer = Field(200, ge=1)  # at most
     accumulate_grad_batches: Integer = Field(16, ge=1)  # batches per optimizer step

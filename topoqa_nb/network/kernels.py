@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Loop', 'TILE', 'TORCH_STEPS', 'LOOPS', 'KERNELS', 'Steps', 'tiles', 'on_arrays', 'find_numba', 'compile_loop',
-           'numba_steps', 'choose_kernel', 'is_low_precision']
+           'numba_steps', 'choose_kernel', 'load_kernel', 'is_low_precision']
 
 # %% ../../nbs/2_network/20_kernels.ipynb #20-002
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -327,6 +328,13 @@ def choose_kernel(
         fix = "pip install 'topoqa_nb[fast]' or unset it"
         raise ConfigError("TOPOQA_KERNEL", "reference or torch, since numba is not installed", forced, fix)
     return forced
+
+# %% ../../nbs/2_network/20_kernels.ipynb #20-101
+def load_kernel() -> None:
+    "Have the loops of the kernel that this machine trains with ready, if they are compiled ones."
+    with suppress(ConfigError):  # a wrong `TOPOQA_KERNEL` is told by whoever trains with it
+        if choose_kernel() == "numba":
+            numba_steps(torch.float32)
 
 # %% ../../nbs/2_network/20_kernels.ipynb #20-232
 def is_low_precision(

@@ -24,6 +24,7 @@ from ..answers.scored import check_free
 from ..data.demo import ensure_demo
 from ..data.families import read_families
 from ..ground.core import ConfigError, did_you_mean
+from ..ground.tasks import ExecutorName
 from .figures import COLOURS, as_label, new_figure
 from .pipeline import injected_names
 
@@ -40,6 +41,7 @@ class PredictParameters(BaseModel):
     target_regex: str | None = Field(None, description="Finds the target of a graph in no folder.")
     batch_size: StrictInt = Field(64, ge=1, description="Graphs scored at a time.")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    executor: ExecutorName = Field("local", description="This machine, or a Ray cluster.")
     skip_unreadable: StrictBool = Field(False, description="Leave out graphs that cannot be read.")
     no_store: StrictBool = Field(False, description="Read the files one by one; pack nothing.")
     overwrite: StrictBool = Field(False, description="Replace a table that is there.")
@@ -91,7 +93,8 @@ def predict_table(
 ) -> pd.DataFrame:  # the table that was written
     "Score the graphs and write the table. Raises as `predict` does."
     graph_dir = parameters.graph_dir or ensure_demo(Path("demo_data").absolute()).graph_dir
-    asked = parameters.model_dump(include={"labels", "target_regex", "device", "run_root", "overwrite"})
+    place = {"device", "run_root", "overwrite", "executor"}
+    asked = parameters.model_dump(include={"labels", "target_regex", *place})
     options = parameters.model_dump(include={"batch_size", "skip_unreadable"})
     options["use_store"] = not parameters.no_store
     return predict(parameters.models, graph_dir, parameters.out, **asked, options=options)

@@ -18,6 +18,7 @@ from ..ground.config import absolute_overrides, parse_overrides
 from ..ground.core import ConfigError, did_you_mean, plain
 from ..ground.files import find_file
 from ..ground.settings import wrong_value
+from ..ground.tasks import ExecutorName
 
 # %% ../../nbs/7_pipeline/70_parameters.ipynb #70-005
 def _as_overrides(
@@ -71,7 +72,7 @@ class PipelineParameters(BaseModel):
     )
     ensemble: Ensemble = Field("auto", description="A mean of runs as answer: auto, off or on.")
     families: Path | None = Field(None, description="CSV with target and family, for intervals.")
-    executor: Literal["local", "ray"] = Field("local", description="Where runs are started; so far: local.")
+    executor: ExecutorName = Field("local", description="Where runs are started: local or ray.")
     fast_dev_run: StrictBool = Field(False, description="One batch per run.")
     overrides: Overrides = Field({}, description="Change a configuration key; repeatable.")
     phase_overrides: Overrides = Field({}, description="As --override, for the fine-tunes alone.")

@@ -40,8 +40,8 @@ from .stage_record import is_completed, read_stage, restored_error, stage_file
 from .standing import notebook_answer
 from ..runs.leaderboard import best_file, comparable
 from ..runs.record import RunDirectory, read_record
+from ..runs.run_data import parent_data
 from ..runs.runs import find_run
-from ..training.validation import parent_data
 
 # %% ../../nbs/7_pipeline/74_pipeline.ipynb #74-005
 def injected_names(

@@ -42,12 +42,13 @@ from topoqa_nb.ground.core import (
 )
 from ..ground.files import find_file
 from ..ground.settings import Config, PathsConfig
+from ..ground.tasks import is_cluster
 from .parameters import PATH_PARAMETERS, PipelineParameters
 from ..runs.record import RunDirectory, read_record
+from ..runs.run_data import parent_data
 from ..runs.runs import list_runs
 from ..sweep.manifest import Job, load_manifest, plan_jobs
 from ..training.module import VALIDATION_BATCH
-from ..training.validation import parent_data
 
 # %% ../../nbs/7_pipeline/70a_plan.ipynb #70a-021
 STAGES = ("sweep", "phase1", "phase2")
@@ -171,10 +172,7 @@ def name_for_checkpoint(
 def _check_settled(pipeline: Pipeline) -> None:
     "Raises `ConfigError` or `CheckpointError` for what would stop a pipeline half-way."
     parameters = pipeline.parameters
-    if parameters.executor != "local":
-        raise ConfigError(
-            "pipeline parameter executor", "local", parameters.executor, "this version has no other"
-        )
+    is_cluster(parameters.executor)  # and there is Ray, if it is one
     _check_judged_alike([loaded.config for _, loaded in stage_configs(pipeline)])
     if parameters.resume_from and not parameters.resume_from.is_file():
         raise CheckpointError(parameters.resume_from, "a checkpoint", "no such file", "check resume_from")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..data.dataset import open_data
+from ..ground.cluster import Resources
 from ..ground.config import config_differences, load_config
 from ..ground.core import RunError, TrainingError, write_json
 from ..ground.settings import Config, ModelConfig
@@ -40,7 +41,7 @@ from ..runs.original import original_settings
 from ..runs.record import RunDirectory, RunRecord, read_record
 from ..runs.runs import list_runs
 from ..sweep.jobs import SweepResult
-from ..sweep.manifest import Job, load_manifest
+from ..sweep.manifest import Job, job_resources, load_manifest
 from ..sweep.sweep import run_jobs
 from ..training.validation import data_section
 
@@ -106,6 +107,7 @@ def run_stage_jobs(
     result = runner(
         waiting,
         jobs=pipeline.parameters.jobs,
+        executor=pipeline.parameters.executor,
         continue_on_error=continue_on_error,
         name=record["stage"],
         say=print_progress,
@@ -262,12 +264,14 @@ def phase_jobs(
     configs = [parameters.phase1_config] if stage == "phase1" else parameters.phase2_configs
     checkpoint = (pipeline.run_root / start["checkpoint"]).resolve()
     overrides = parent_shapes(checkpoint) | stage_overrides(pipeline, stage)
+    shared = load_manifest(pipeline.manifest).resources if parameters.executor == "ray" else Resources()
     jobs = []
     for config in configs:
         loaded = load_config(config, overrides)
         name = f"{base}_phase1" if stage == "phase1" else f"{base}_phase2_seed{loaded.config.dataloader.seed}"
         run = unused(pipeline.run_root, name, taken=[job.run_name for job in jobs])
-        jobs.append(Job(name, run.name, loaded, resume_from=checkpoint))
+        resources = job_resources(loaded.config, shared)
+        jobs.append(Job(name, run.name, loaded, resume_from=checkpoint, resources=resources))
     return jobs
 
 # %% ../../nbs/7_pipeline/72_stages.ipynb #72-038

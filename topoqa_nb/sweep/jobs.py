@@ -10,7 +10,6 @@ __all__ = ['Command', 'POLL_SECONDS', 'HURRY_SECONDS', 'JobResult', 'SweepResult
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-002
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,7 @@ from ..runs.record import ENDED, RunDirectory, RunRecord, read_record, update_me
 from ..runs.runs import tidy
 from ..runs.selection import BEST
 from .manifest import Job, training_command
-from .processes import Forked, ForkServer
+from .processes import Forked, ForkServer, Plain
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-005
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Child:
     "A job's process while it runs."
 
     job: Job
-    process: subprocess.Popen | Forked
+    process: Plain | Forked
     console: Path  # its standard output
     errors: Path  # its standard error
     started: float  # time.monotonic()
@@ -150,6 +149,8 @@ class Child:
     def new_lines(self) -> list[str]:
         "Whole lines that it printed since the last call."
         with self.console.open("rb") as file:
+            if self.read > file.seek(0, os.SEEK_END):  # begun anew, after its node was lost
+                self.read = 0
             file.seek(self.read)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
@@ -168,10 +169,7 @@ class Child:
 
     def kill(self) -> None:
         "End it together with whatever it started."
-        with suppress(ProcessLookupError, PermissionError):  # nothing is left
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.send_signal(signal.SIGKILL)  # one that has only just begun has no session yet
-        self.process.wait()
+        self.process.end()
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-016
 Command = Callable[[Job], list[str]]  # arguments of Python

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MANIFEST_KEYS', 'SETTING_KEYS', 'JobSettings', 'JobEntry', 'Manifest', 'load_manifest', 'within', 'settings_layer',
-           'Job', 'plan_jobs', 'describe_job', 'training_command']
+           'Job', 'job_resources', 'plan_jobs', 'describe_job', 'training_command']
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-002
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..ground.cluster import Resources
 from topoqa_nb.ground.config import (
     LoadedConfig,
     absolute_overrides,
@@ -33,7 +34,7 @@ from topoqa_nb.ground.config import (
 )
 from ..ground.core import CheckpointError, ConfigError, did_you_mean
 from ..ground.files import find_file, read_yaml
-from ..ground.settings import WrongValue, wrong_value
+from ..ground.settings import Config, WrongValue, wrong_value
 from ..runs.record import RunDirectory
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-005
@@ -59,6 +60,7 @@ class JobEntry(JobSettings):
     name: str = Field(pattern=r"^\w[\w.+-]*$")  # begins the run's name, so it must be fit for a folder
     run_name: str | None = Field(None, pattern=r"^\w[\w.+-]*$")  # instead of <name>_<timestamp>
     resume_from: str | None = None  # checkpoint to fine-tune
+    resources: Resources = Resources()  # of a node; what it does not say itself, the manifest does
 
 
 class Manifest(BaseModel):
@@ -69,13 +71,15 @@ class Manifest(BaseModel):
     path: Path  # the file; relative paths in it belong to its folder
     jobs: tuple[JobEntry, ...] = Field(min_length=1)  # in the order in which they start
     shared: JobSettings = JobSettings()  # what a job does not say itself
+    resources: Resources = Resources()  # what each job takes of a node of a cluster
     continue_on_error: StrictBool = False  # start the remaining jobs after one has failed
 
     @model_validator(mode="before")
     @classmethod
     def _empty_section(cls, content: dict) -> dict:
         "A `shared:` with nothing below it is an empty section, not a mistake."
-        return {key: value for key, value in content.items() if value is not None or key != "shared"}
+        sections = ("shared", "resources")
+        return {key: value for key, value in content.items() if value is not None or key not in sections}
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-007
 MANIFEST_KEYS = [key for key in Manifest.model_fields if key != "path"]
@@ -109,13 +113,14 @@ def _check_different(where: object, names: Iterable[str], kind: str) -> None:
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-008
 def _manifest_error(file: Path, wrong: WrongValue) -> ConfigError:
     "The first thing that is wrong with a manifest, in the words of the house."
-    keys = [*MANIFEST_KEYS, *JobEntry.model_fields]
+    keys = [*MANIFEST_KEYS, *JobEntry.model_fields, *Resources.model_fields]
     place = list(wrong.place)
     if wrong.kind != "extra_forbidden":  # pydantic also names the type that it tried
         place = [part for part in place if part in keys or part.isdigit()]
     where = f"{file}: {'.'.join(place)}"
     if wrong.kind == "extra_forbidden":
         known = {1: MANIFEST_KEYS, 2: JobSettings.model_fields}.get(len(place), JobEntry.model_fields)
+        known = Resources.model_fields if place[-2:-1] == ["resources"] else known
         return ConfigError(where, "a known key", "an unknown one", did_you_mean(place[-1], known))
     if wrong.kind in ("missing", "too_short"):
         return ConfigError(where, "a value", "nothing", "a manifest lists jobs, each with a name")
@@ -170,11 +175,25 @@ class Job:
     resume_from: Path | None = None  # checkpoint to fine-tune
     notes: str | None = None  # kept in notes.txt of the run
     trial_label: str | None = None  # kept in the run's metadata
+    resources: Resources = Resources()  # of a node of a cluster; on one machine they say nothing
 
     @property
     def run(self) -> RunDirectory:
         "Where the run will be."
         return RunDirectory(self.loaded.config.paths.save_dir / self.run_name)
+
+# %% ../../nbs/6_sweep/60_manifest.ipynb #60-117
+def job_resources(
+    config: Config,  # resolved
+    *layers: Resources,  # of the manifest, of the job; the last one wins
+) -> Resources:
+    "What a job takes of a node."
+    trainer = config.trainer
+    found = {} if trainer.num_threads == "auto" else {"num_cpus": trainer.num_threads}
+    found |= {"num_gpus": 1} if trainer.accelerator in ("gpu", "cuda") else {}
+    for layer in layers:
+        found |= layer.model_dump(exclude_unset=True)
+    return Resources(**found)
 
 # %% ../../nbs/6_sweep/60_manifest.ipynb #60-016
 def _plan_job(manifest: Manifest, position: int, last: Mapping[str, object], timestamp: str) -> Job:
@@ -191,6 +210,7 @@ def _plan_job(manifest: Manifest, position: int, last: Mapping[str, object], tim
         resume_from=_checkpoint(entry.resume_from, where, base),
         notes=entry.notes or shared.notes,
         trial_label=entry.trial_label or shared.trial_label,
+        resources=job_resources(loaded.config, manifest.resources, entry.resources),
     )
 
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['STOP_SECONDS', 'REAP_SECONDS', 'PRELOADED', 'ONE_THREAD', 'interpret', 'become', 'end_processes', 'serve', 'Forked',
-           'ForkServer']
+           'Plain', 'ForkServer']
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-003
 import contextlib
-import importlib
 import json
 import os
+import pkgutil
 import runpy
 import select
 import signal
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..ground.core import RunError
-from ..ground.machine import fast_import, is_alive, thread_limits
-from ..ground.signals import stop_with_parent
+from ..ground.machine import end_quickly, fast_import, is_alive, thread_limits
+from ..ground.signals import ASKED, stop_with_parent
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-100
 def interpret(
@@ -98,21 +98,27 @@ def _answer(descriptor: int, **content: int | str) -> None:
         os.write(descriptor, json.dumps(content).encode() + b"\n")
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-111
-def _imported(modules: Sequence[str]) -> dict[str, str]:
-    "Import, and give what this has changed in the environment."
+def _imported(names: Sequence[str]) -> dict[str, str]:
+    "Import modules, call the functions among them, and give what this has changed in the environment."
     before = dict(os.environ)
     with fast_import():  # what is not looked at stays shared, too
-        for module in modules:
-            importlib.import_module(module)
+        for name in names:
+            found = pkgutil.resolve_name(name)
+            if ":" in name:
+                found()
     return {name: value for name, value in os.environ.items() if before.get(name) != value}
 
 
 def _fork(answers: int) -> int | None:
     "The number of a copy, or 0 in the copy itself; None, and an answer, when there can be none."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
     try:
-        return os.fork()
+        number = os.fork()
     except OSError as problem:  # no memory, or too many processes
-        return _answer(answers, refused=problem.strerror)
+        number = _answer(answers, refused=problem.strerror)
+    if number != 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return number
 
 
 def _ended(running: set[int]) -> list[tuple[int, int]]:
@@ -122,14 +128,15 @@ def _ended(running: set[int]) -> list[tuple[int, int]]:
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-010
 def serve(
-    modules: Sequence[str],  # what every process will need
+    modules: Sequence[str],  # what every process will need; `module:function` is called
     parent: int,  # number of the process that asks
-) -> None:
+) -> int | None:  # exit code; None in a copy
     "Import once, then make a copy for each request, until there will be no more of them."
+    end_quickly()  # the copies, too
     stop_with_parent(parent, signal.SIGKILL)  # while there is nothing to end in order
     own, answers = os.getpid(), os.dup(1)
     os.dup2(2, 1)  # what a module prints while it is imported is no answer
-    handlers = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {each: signal.signal(each, signal.SIG_IGN) for each in ASKED}
     by_imports = _imported(modules)
     stop_with_parent(parent, 0)  # from now on the end of the requests tells
     _answer(answers, ready=True)
@@ -139,12 +146,14 @@ def serve(
         if asked:
             request = _line(0)
             if not request.endswith(b"\n"):  # the sweep is gone
-                return end_processes(running)
+                end_processes(running)
+                return end_quickly(0)
             number = _fork(answers)
             if number == 0:
                 os.close(answers)
                 for each, handler in handlers.items():
                     signal.signal(each, handler)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
                 stop_with_parent(own)
                 asked_for = json.loads(request)
                 become(**asked_for | {"environment": by_imports | asked_for["environment"]})
@@ -155,6 +164,14 @@ def serve(
         for number, code in _ended(running):
             running.remove(number)
             _answer(answers, ended=number, code=code)
+
+# %% ../../nbs/6_sweep/61_processes.ipynb #61-133
+def _end_session(process: "subprocess.Popen | Forked") -> None:
+    "End a process together with whatever it started."
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing is left
+        os.killpg(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)  # one that has only just begun has no session yet
+    process.wait()
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-013
 @dataclass(eq=False)
@@ -182,6 +199,8 @@ class Forked:
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):  # it ended just now
                 os.kill(self.pid, signum)
+
+    end = _end_session
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-118
 @dataclass
@@ -213,7 +232,7 @@ class _Told:
         self.running.clear()
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-121
-PRELOADED = ("topoqa_nb.training.training",)  # what a training needs
+PRELOADED = ("topoqa_nb.training.training", "topoqa_nb.network.kernels:load_kernel")  # what a training needs
 
 # pandas imports Arrow, whose allocator would start a thread
 ONE_THREAD = thread_limits(1) | {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
@@ -299,14 +318,16 @@ def _living(server: _ServerProcess) -> _ServerProcess:
     return _ServerProcess(server.modules, server.errors)
 
 # %% ../../nbs/6_sweep/61_processes.ipynb #61-130
-def _plain(
-    arguments: Sequence[str], environment: Mapping[str, str], out: BinaryIO, err: BinaryIO
-) -> subprocess.Popen:
+class Plain(subprocess.Popen):
     "A process that imports by itself."
-    return subprocess.Popen(
-        [sys.executable, *arguments], env=environment, start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-    )  # fmt: skip
+
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], out: BinaryIO, err: BinaryIO
+    ):
+        streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err}
+        super().__init__([sys.executable, *arguments], env=environment, start_new_session=True, **streams)
+
+    end = _end_session
 
 
 def _request(
@@ -325,7 +346,7 @@ def _request(
 class ForkServer(contextlib.AbstractContextManager):
     "Starts processes that have imported already; a context manager."
 
-    def __init__(self, modules: Sequence[str]):  # imported before the first process is made
+    def __init__(self, modules: Sequence[str]):  # see `serve`
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.server = _ServerProcess(modules, self.errors) if sys.platform == "linux" else None
 
@@ -345,11 +366,11 @@ class ForkServer(contextlib.AbstractContextManager):
         environment: Mapping[str, str],  # all of it
         output: Path,  # for standard output; emptied
         errors: Path,  # for standard error; emptied
-    ) -> subprocess.Popen | Forked:
+    ) -> Plain | Forked:
         "Start a process in a session of its own, as soon as the server is ready. Raises `RunError` when it cannot be."
         with output.open("wb") as out, errors.open("wb") as err:
             if self.server is None:
-                return _plain(arguments, environment, out, err)
+                return Plain(arguments, environment, out, err)
         while not self.is_ready():
             self.server.listen(wait=True)
         return self.server.ask(_request(arguments, environment, output, errors))

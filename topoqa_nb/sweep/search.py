@@ -202,7 +202,8 @@ def fold_jobs(
     name = re.sub(r"[^\w.+-]|^[.+-]", "_", search.space.path.stem) + f"_trial{number:03}"
     job = {"name": name, "config": search.space.config, "overrides": dict(params)}
     shared = {"overrides": search.space.overrides}
-    manifest = Manifest(path=search.space.path, jobs=[job], shared=shared)
+    known = {"shared": shared, "resources": search.space.resources}
+    manifest = Manifest(path=search.space.path, jobs=[job], **known)
     return plan_jobs(with_folds(manifest, {name: search.files}, {name: search.data}), **search.options)
 
 

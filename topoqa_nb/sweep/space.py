@@ -27,6 +27,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from ..ground.cluster import Resources
 from ..ground.config import FIELDS, LoadedConfig, absolute_overrides, load_config
 from ..ground.core import ConfigError, did_you_mean
 from ..ground.files import as_written, find_file, read_yaml
@@ -90,6 +91,7 @@ class SearchSpace(BaseModel):
     overrides: dict[str, object] | list[str] = Field(default_factory=dict)  # of all trials
     measure: Literal[MEASURES] = "pearson"  # of a fold's decoys, by a run that has not seen them
     sampler: Literal["tpe", "random", "grid"] = "tpe"  # what decides on the next trial
+    resources: Resources = Resources()  # of a node of a cluster, as in a manifest
     space: dict[str, Annotated[_Choices | Annotated[Range, Tag("range")], Discriminator(_kind)]] = Field(
         min_length=1
     )  # configuration key -> values
@@ -120,9 +122,8 @@ def _space_error(file: Path, wrong: WrongValue) -> ConfigError:
     place = [part for part in wrong.place if part not in ("list", "range")]
     where = f"{file}: {'.'.join(place)}"
     if wrong.kind == "extra_forbidden":
-        return ConfigError(
-            where, "a known key", "an unknown one", did_you_mean(place[-1], Range.model_fields)
-        )
+        fields = Resources.model_fields if place[0] == "resources" else Range.model_fields
+        return ConfigError(where, "a known key", "an unknown one", did_you_mean(place[-1], fields))
     fix = (
         "such as [16, 32], or {low: 0.001, high: 0.01, log: true}"
         if place[:1] == ["space"]

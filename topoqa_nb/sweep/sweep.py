@@ -19,10 +19,12 @@ from typing import Literal
 
 from ..data.batches import data_fingerprint, load_split
 from ..data.store import open_store
-from ..ground.core import ConfigError, TopoqaError, scratch_folder, sha256_file
+from ..ground.core import TopoqaError, sha256_file
 from ..ground.settings import Config, MlflowConfig, PathsConfig
 from ..ground.signals import Interrupted, interruptible, noted_signals
+from ..ground.tasks import ExecutorName, is_cluster
 from ..runs.record import RunDirectory, RunRecord, complete_settings
+from ..runs.run_data import locate_run_data
 from ..runs.runs import check_run_name, list_runs, tidy
 from topoqa_nb.sweep.jobs import (
     POLL_SECONDS,
@@ -31,17 +33,15 @@ from topoqa_nb.sweep.jobs import (
     JobResult,
     SweepResult,
     ended_result,
-    job_slots,
     known_record,
     result_of,
-    share_text,
-    start_child,
     stop_children,
 )
 from .manifest import Job, training_command
-from .processes import PRELOADED, STOP_SECONDS, ForkServer
-from ..training.tracking import open_sweep_run
-from ..training.validation import locate_run_data
+from .places import PLACES, Place
+from .processes import STOP_SECONDS, ForkServer
+from .ray_jobs import RayServer
+from ..training.mlflow_sweep import open_sweep_run
 
 # %% ../../nbs/6_sweep/63_sweep.ipynb #63-011
 def located(
@@ -181,8 +181,8 @@ class Supervisor:
     slots: int  # jobs at a time
     continue_on_error: bool  # start the remaining jobs after one has failed
     say: Callable[[str], object]  # takes one line per event
-    server: ForkServer  # makes the processes
-    start: Callable[[Job, ForkServer], Child]  # starts a job's process
+    server: ForkServer | RayServer  # makes the processes
+    start: Callable[..., Child]  # starts the process of a job, with this server
     signals: list[int] = field(default_factory=list)  # see `noted_signals`
     running: list[Child] = field(default_factory=list)
     told: float | None = None  # when the children were told to stop; time.monotonic()
@@ -256,12 +256,7 @@ class SweepInterrupted(Interrupted):
 
 def _supervise(crew: Supervisor, watch: Watch) -> SweepResult:
     "Run the loop to its end."
-    with (
-        noted_signals() as crew.signals,
-        scratch_folder() as scratch,
-        watch as look,
-    ):
-        crew.start = partial(crew.start, scratch=scratch)
+    with noted_signals() as crew.signals, watch as look:
         try:
             _work(crew, look)
         except BaseException:  # a closed pipe behind `say`, for one: no process is left behind
@@ -286,14 +281,14 @@ def _earlier(
 
 
 def _prepare(
-    waiting: Sequence[Job], slots: int, continue_on_error: bool, say: Callable[[str], object]
+    waiting: Sequence[Job], place: Place, slots: int, continue_on_error: bool, say: Callable[[str], object]
 ) -> dict[str, JobResult]:
     "Say what will run, pack its graphs, and give the jobs that cannot run."
     if not waiting:
         return {}
-    say(share_text(waiting, slots))
+    say(place.text(waiting, slots))
     with interruptible():
-        refused = pack_graphs(waiting, continue_on_error)
+        refused = pack_graphs([job for job in waiting if place.packs(job)], continue_on_error)
     for result in refused.values():
         say(result.line())
     return refused
@@ -312,28 +307,29 @@ def run_jobs(
     jobs: int | Literal["auto"] = 1,  # processes at a time; auto: fills the cores, see `job_slots`
     continue_on_error: bool = False,  # start the remaining jobs after one has failed
     skip_completed: bool = False,  # do not repeat a job that an earlier run completed on the same data
-    executor: Literal["local", "ray"] = "local",  # where processes are started
+    executor: ExecutorName = "local",  # where processes are started
     name: str = "sweep",  # of the MLflow run above those of the jobs
     say: Callable[[str], object] = print,  # takes one line per event
     watch: Watch = UNWATCHED,  # entered while jobs run; what it gives is shown every round
     command: Command = training_command,  # what a job's process executes
-    server: ForkServer | None = None,  # makes the processes; None: one that is started here
+    server: ForkServer | RayServer | None = None,  # makes the processes; None: one that is started here
 ) -> SweepResult:
     "Run jobs, each in a process. Raises `RunError`, `DataError` before the first one starts, `SweepInterrupted` later."
-    if executor != "local":
-        raise ConfigError("executor", "local", executor, "this version starts jobs on this machine only")
-    with nullcontext(server) if server else ForkServer(PRELOADED) as server:  # imports meanwhile
+    place = PLACES["ray" if is_cluster(executor) else "local"]
+    with nullcontext(server) if server else place.server() as server:  # imports meanwhile
         for note in dict.fromkeys(note for job in planned for note in located(job)[1]):
             say(note)
         earlier = _earlier(planned, skip_completed, say)
         waiting = [job for job in planned if job.name not in earlier]
         for job in waiting:
             check_run_name(job.run.path.parent, job.run_name)
-        slots = job_slots(jobs, waiting)
-        done = earlier | _prepare(waiting, slots, continue_on_error, say)
-        with open_sweep_run(_tracking(waiting), name, say) as above:
-            start = partial(start_child, command=command, environment=above.environment, parallel_jobs=slots)
-            crew = Supervisor(planned, done, slots, continue_on_error, say, server, start)
-            result = _supervise(crew, watch)
-            above.status = "FINISHED" if result.completed else "FAILED"
+        with place.ready(waiting) as scratch:
+            slots = place.slots(jobs, waiting)
+            done = earlier | _prepare(waiting, place, slots, continue_on_error, say)
+            with open_sweep_run(_tracking(waiting), name, say) as above:
+                how = {"scratch": scratch, "command": command, "environment": above.environment, "say": say}
+                start = partial(place.start, parallel_jobs=slots, **how)
+                crew = Supervisor(planned, done, slots, continue_on_error, say, server, start)
+                result = _supervise(crew, watch)
+                above.status = "FINISHED" if result.completed else "FAILED"
     return result

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PASS_NODES', 'PASS_EDGES', 'GPU_FACTOR', 'VALIDATION_BATCH', 'rng_state', 'set_rng_state', 'window_scale',
            'graphs_a_pass', 'batches_together', 'make_optimizer', 'make_scheduler', 'MeanLoss', 'SplitScores',
-           'check_loss', 'BatchMover', 'ResumableModule', 'part_sizes', 'part_losses', 'count_losses', 'TopoQAModule',
-           'predict', 'predict_split']
+           'check_loss', 'BatchMover', 'ResumableModule', 'part_sizes', 'part_losses', 'count_losses', 'mean_of_ranks',
+           'TopoQAModule', 'predict', 'predict_split']
 
 # %% ../../nbs/4_training/41_module.ipynb #41-003
 import math
@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from ..data.batches import Split, make_loader
+from ..data.batches import EpochBatches, Split, counted_graphs, make_loader, rank_weight
 from ..data.schema import FeatureSchema, check_features, resolve_schema
 from ..ground.core import TrainingError, plain
 from ..ground.settings import Config, OptimizerConfig, SchedulerConfig, TrainerConfig
@@ -36,6 +36,7 @@ from ..network.model import TopoQANet
 from ..network.weights import load_model
 from ..runs.selection import judge
 from .devices import device_of
+from .ranks import gathered, rank_seed
 
 # %% ../../nbs/4_training/41_module.ipynb #41-006
 def rng_state() -> dict[str, object]:  # plain types and byte tensors
@@ -169,10 +170,12 @@ class SplitScores:
         self.parts.append((prediction.double(), dockq.double(), batch.position.cpu()))
 
     def metrics(self) -> dict[str, float]:  # name in metrics.csv -> value
-        "All validation metrics, from all predictions."
-        prediction, dockq, position = (torch.cat(part) for part in zip(*self.parts, strict=True))
-        targets = [self.targets[i] for i in position.tolist()]
-        return regression_metrics(prediction.numpy(), dockq.numpy(), targets)
+        "All validation metrics, from all predictions of all ranks, in the order of the split."
+        parts = sum(gathered(self.parts), [])
+        prediction, dockq, position = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+        order, once = np.unique(position, return_index=True)  # a stand-in of a rank counts once
+        targets = [self.targets[number] for number in order.tolist()]
+        return regression_metrics(prediction[once], dockq[once], targets)
 
 # %% ../../nbs/4_training/41_module.ipynb #41-023
 def check_loss(
@@ -285,16 +288,40 @@ def part_losses(
 def count_losses(
     mean: MeanLoss,  # of the epoch so far
     losses: Sequence[torch.Tensor],  # from `part_losses`
-    batch,  # that they are of
+    graphs: Sequence[int],  # that count, of each of them
     place: tuple[int, int],  # epoch, and number of the first batch in it
 ) -> None:
     "Take the losses of some batches into the mean of an epoch. Raises `TrainingError` as `check_loss`."
     epoch, first = place
-    for number, (value, graphs) in enumerate(
-        zip(torch.stack(losses).tolist(), part_sizes(batch), strict=True), first
-    ):
+    for number, (value, count) in enumerate(zip(torch.stack(losses).tolist(), graphs, strict=True), first):
         check_loss(value, f"epoch {epoch}, batch {number}")
-        mean.add(value, graphs)
+        mean.add(value, count)
+
+# %% ../../nbs/4_training/41_module.ipynb #41-600
+def mean_of_ranks(
+    part: MeanLoss,  # of this rank
+) -> MeanLoss:
+    "The mean over the graphs of all ranks."
+    whole = MeanLoss()
+    for each in gathered(part):
+        whole.total, whole.graphs = whole.total + each.total, whole.graphs + each.graphs
+    return whole
+
+
+def _begin_draws(batches: EpochBatches, epoch: int) -> None:
+    "In one process the random numbers go on; in several those of each rank and epoch begin anew."
+    if batches.ranks > 1:
+        torch.manual_seed(rank_seed(batches.seed, epoch, batches.rank))
+
+
+def _graphs(batches: EpochBatches, numbers: Iterable[int]) -> list[int]:
+    "How many graphs of each batch count in this rank."
+    return [counted_graphs(batches, number)[0] for number in numbers]
+
+
+def _scales(batches: EpochBatches, numbers: Iterable[int], window: int) -> list[float]:
+    "What the mean of each batch is multiplied by: its part of a step, and of what all ranks have."
+    return [window_scale(n, batches.batches, window) * rank_weight(batches, n) for n in numbers]
 
 # %% ../../nbs/4_training/41_module.ipynb #41-033
 class TopoQAModule(ResumableModule):
@@ -313,17 +340,18 @@ class TopoQAModule(ResumableModule):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self.losses, self.batches = MeanLoss(), self.trainer.train_dataloader.sampler
+        _begin_draws(self.batches, self.current_epoch)
 
     def training_step(self, batch, batch_index: int) -> torch.Tensor:
         losses, together = part_losses(self.model(batch), batch), self.batches.together
-        first, window = batch_index * together, self.trainer.accumulate_grad_batches * together
-        count_losses(self.losses, losses, batch, (self.current_epoch, first))
-        scales = [window_scale(first + part, self.batches.batches, window) for part in range(len(losses))]
+        numbers = range(batch_index * together, batch_index * together + len(losses))
+        count_losses(self.losses, losses, _graphs(self.batches, numbers), (self.current_epoch, numbers[0]))
+        scales = _scales(self.batches, numbers, self.trainer.accumulate_grad_batches * together)
         return sum(loss * scale for loss, scale in zip(losses, scales, strict=True)) / together
 
     def train_loss(self) -> float:
-        "Mean squared error over the graphs of this epoch so far."
-        return self.losses.value()
+        "Mean squared error over the graphs of this epoch so far, of all ranks."
+        return mean_of_ranks(self.losses).value()
 
     def on_validation_epoch_start(self) -> None:
         self.scores = SplitScores(self.val_targets)
@@ -333,8 +361,9 @@ class TopoQAModule(ResumableModule):
 
     def on_validation_epoch_end(self) -> None:
         self.epoch_row = _epoch_row(self, self.scores.metrics())
-        logged = {"val_loss", "selection_metric", self.config.selection.primary_metric}
-        self.log_dict({name: self.epoch_row[name] for name in sorted(logged)})
+        logged = sorted({"val_loss", "selection_metric", self.config.selection.primary_metric})
+        several = self.trainer.world_size > 1  # all have the same values
+        self.log_dict({name: self.epoch_row[name] for name in logged}, sync_dist=several)
 
 # %% ../../nbs/4_training/41_module.ipynb #41-039
 VALIDATION_BATCH = 64  # graphs at least; where nothing is learnt, large batches only save time

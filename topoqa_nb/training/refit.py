@@ -24,24 +24,28 @@ from ..ground.settings import Config
 from ..runs.record import RunDirectory, RunRecord, check_not_original, read_record, update_metadata
 from ..runs.runs import create_run, read_metrics, update_best
 from .averaging import averaging
-from .callbacks import LeftAlone, ProgressLines, RunRecorder
+from .callbacks import ProgressLines, RunRecorder
 from .devices import check_device, keep_freed_memory
 from .mlflow_store import check_tracking
 from .module import TopoQAModule, batches_together
-from .tracking import open_tracker
-from topoqa_nb.training.training import (
+from topoqa_nb.training.steps import (
     check_trainer,
     fresh_model,
-    known_before,
-    recorded,
-    run_process,
+    keep_handlers,
     trainer_arguments,
     training_loader,
     unfilled_memory,
-    write_facts,
 )
+from .tracking import open_tracker
+from .training import known_before, recorded, run_process, write_facts
 
 # %% ../../nbs/4_training/46_refit.ipynb #46-007
+def _ranks(record: RunRecord) -> int:
+    "The processes of a run; one where nobody wrote it down."
+    ranks = record.environment.get("ranks", 1)
+    return ranks if isinstance(ranks, int) and ranks > 0 else 1
+
+
 def chosen_rates(
     run: RunDirectory,  # that was validated
     record: RunRecord,  # of this run
@@ -60,11 +64,17 @@ def chosen_rates(
 def refit_config(
     config: Config,  # of the run
     epochs: int,
+    ranks: int = 1,  # processes of the run, whose batches become one
 ) -> Config:
-    "The recipe, for a fixed number of epochs."
-    trainer = config.trainer.model_copy(update={"num_epochs": epochs})
+    "The recipe, for a fixed number of epochs and in one process."
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    changes = {
+        "trainer": alone | {"num_epochs": epochs},
+        "dataloader": {"batch_size": config.dataloader.batch_size * ranks},
+        "checkpoint": {"take": "last"},
+    }
     return config.model_copy(
-        update={"trainer": trainer, "checkpoint": config.checkpoint.model_copy(update={"take": "last"})}
+        update={name: getattr(config, name).model_copy(update=change) for name, change in changes.items()}
     )
 
 # %% ../../nbs/4_training/46_refit.ipynb #46-010
@@ -156,10 +166,12 @@ def _fit(run: RunDirectory, config: Config, data: RunData, rates: Sequence[float
     together = batches_together(data.train, config.dataloader.batch_size, config.trainer)
     recorder = RefitRecorder(run)
     with unfilled_memory(), open_tracker(run, config.mlflow) as tracker:
-        called = [LeftAlone(), ProgressLines(), recorder, *averaging(config.trainer)]
+        called = [ProgressLines(), recorder, *averaging(config.trainer)]
         called += [LastEpoch(run, recorder), tracker]
         arguments = trainer_arguments(config, together) | {"limit_val_batches": 0}
-        Trainer(**arguments, callbacks=called).fit(module, training_loader(config, data, together))
+        trainer = Trainer(**arguments, callbacks=called)
+        keep_handlers(trainer)
+        trainer.fit(module, training_loader(config, data, together))
 
 # %% ../../nbs/4_training/46_refit.ipynb #46-300
 def _sections(config: Config, data: RunData, mark: dict, threads: int) -> dict[str, dict[str, object]]:
@@ -188,7 +200,7 @@ def refit(
     record = read_record(validated)
     rates = chosen_rates(validated, record)
     loaded = load_config(validated.config_file)
-    config = refit_config(loaded.config, len(rates))
+    config = refit_config(loaded.config, len(rates), _ranks(record))
     check_device(config.trainer)
     check_tracking(config.mlflow)
     check_trainer(config)

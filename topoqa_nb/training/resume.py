@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_DRIFT', 'resumable_metadata', 'drift', 'check_drift', 'check_ended', 'check_rows', 'check_unfinished',
-           'continued_parent', 'misfit', 'check_restorable', 'go_on', 'say_resumed', 'note_kernel',
-           'finish_configuration', 'note_resume', 'resume']
+           'continued_parent', 'check_restorable', 'go_on', 'say_resumed', 'note_machine', 'finish_configuration',
+           'note_resume', 'resume']
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-003
+import os
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,20 +31,22 @@ from topoqa_nb.ground.core import (
     write_text,
 )
 from ..ground.files import as_written
-from ..ground.machine import process_state
+from ..ground.machine import RETRY_VARIABLE, process_state
 from ..ground.settings import Config, PrimaryMetric, wrong_value
 from ..network.weights import load_model
 from ..runs.record import RunDirectory, check_not_original, read_metadata, update_metadata
 from ..runs.runs import read_metrics
 from .averaging import averaged_state
 from .callbacks import has_stopped
-from .devices import check_device, kernel_of
+from .devices import check_device, process_count
+from .following import follow
 from .mlflow_store import check_tracking
 from .module import make_optimizer, make_scheduler
-from .rewind import Start, find_start, finish_rewinds, next_folder, rewind
+from .ranks import Place, place_of
+from .rewind import Start, find_start, finish_rewinds, misfit, next_folder, rewind
+from .steps import check_trainer
 from .tracking import open_tracker
 from topoqa_nb.training.training import (
-    check_trainer,
     conclude,
     describe_start,
     fit,
@@ -53,8 +56,7 @@ from topoqa_nb.training.training import (
 )
 from topoqa_nb.training.validation import (
     Parent,
-    check_batch_limits,
-    check_selection,
+    check_judged,
     data_section,
     read_parent,
 )
@@ -123,7 +125,8 @@ def resumable_metadata(
 # %% ../../nbs/4_training/45_resume.ipynb #45-008
 NOT_DRIFT = (
     "trainer.num_epochs", "trainer.limit_train_batches", "trainer.limit_val_batches", "dataloader.num_workers",
-    "trainer.stop_signals", "logging.", "mlflow.", "paths.store", "paths.trust_pickles",
+    "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.stop_signals",
+    "logging.", "mlflow.", "paths.store", "paths.trust_pickles",
 )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def drift(
     data: RunData,  # as it is now
     trained_on: FeatureSchema | None,  # of the checkpoint; None: there is none yet
 ) -> list[str]:  # a line per field; empty when the run can go on as it is
-    "What has changed since a run was started, apart from its length, its signals, its logging and its workers."
+    "What has changed since a run was started, apart from its length, processes, signals and logging."
     recorded_config = _recorded_config(metadata)
     lines = [
         f"{key}: {before} in the run, {after} now"
@@ -274,29 +277,6 @@ def continued_parent(
     model, _ = load_model(start.source)
     return Parent(Path(story["parent_checkpoint"]), story["parent_sha256"], model, story["parent_score"])
 
-# %% ../../nbs/4_training/45_resume.ipynb #45-501
-def misfit(
-    usual: object,  # what a fresh start would save
-    found: object,  # what a checkpoint holds
-    place: str = "",  # in the checkpoint
-) -> str | None:  # None: the same form
-    "The first place where a saved state has another form: a key that is missing, or a value of another type."
-    if isinstance(usual, dict):
-        if not isinstance(found, dict):
-            return f"{place} is {type(found).__name__}"
-        if missing := [key for key in usual if key not in found]:
-            return f"{place}.{missing[0]} is missing"
-        parts = (misfit(usual[key], found[key], f"{place}.{key}") for key in usual)
-        return next(filter(None, parts), None)
-    if isinstance(usual, torch.Tensor):
-        same = isinstance(found, torch.Tensor) and (usual.shape, usual.dtype) == (found.shape, found.dtype)
-        return None if same and found.device.type != "meta" else f"{place} is no such tensor"
-    numbers = int | float
-    is_number = isinstance(usual, numbers) and isinstance(found, numbers)
-    if usual is None or is_number or isinstance(found, type(usual)):
-        return None
-    return f"{place} is {type(found).__name__}"
-
 # %% ../../nbs/4_training/45_resume.ipynb #45-503
 def check_restorable(
     start: Start,  # where a run goes on
@@ -383,14 +363,21 @@ def say_resumed(
         log.info(f"warning: drift accepted: {change}")
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-028
-def note_kernel(
-    before: str,  # the kernel of the run
-    kernel: str,  # what it goes on with
+def note_machine(
+    before: Mapping[str, object],  # environment in the metadata of the run
+    now: Mapping[str, object],  # what it goes on with
 ) -> None:
-    "Say that a resumed run goes on with another attention kernel than it had."
-    if before != kernel:
+    "Say that a resumed run goes on with another attention kernel, or on another number of processes."
+    theirs, ours = before["kernel"], now["kernel"]
+    if theirs != ours:
         log.info(
-            f"The run used the {before} attention kernel and goes on with {kernel}: the same up to rounding."
+            f"The run used the {theirs} attention kernel and goes on with {ours}: the same up to rounding."
+        )
+    ranks, batch = (before.get(name, now[name]) for name in ("ranks", "effective_batch"))
+    if ranks != now["ranks"]:
+        log.info(
+            f"warning: the run had {ranks} ranks (effective batch {batch}) and goes on with {now['ranks']} "
+            f"(effective batch {now['effective_batch']}): its steps are others from here on"
         )
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-100
@@ -424,7 +411,10 @@ def note_resume(
         write_text(aside / _NEXT_CONFIG, text)
     source = start.source.name if start.source else None
     entry = {"at": now(), "checkpoint": source, "after_epoch": start.epoch, "overrides": loaded.overrides}
+    if why := os.environ.get(RETRY_VARIABLE):
+        entry["because"] = why
     entry |= {"moved_to": aside.relative_to(run.path) if aside else None, "drift": changes}
+    entry["ranks"] = process_count(loaded.config.trainer)
     update_metadata(
         run, status="running", completed=None, reason=None, ending=None,
         training_parameters=loaded.config.model_dump(mode="json"),
@@ -432,6 +422,13 @@ def note_resume(
         resumes=[*before.get("resumes", []), entry],
     )  # fmt: skip
     finish_configuration(run)
+
+# %% ../../nbs/4_training/45_resume.ipynb #45-600
+def _place(run: RunDirectory, overrides: Iterable[str] | Mapping[str, object]) -> Place:
+    "Which process of the resumed run this one is. Raises `RunError` for a run that is not resumed."
+    check_not_original(run)
+    resumable_metadata(run)
+    return place_of(load_config(run.config_file, overrides).config.trainer)
 
 # %% ../../nbs/4_training/45_resume.ipynb #45-034
 def resume(
@@ -443,7 +440,8 @@ def resume(
     force: bool = False,  # go on although the run was started on another host, where it may still be going
 ) -> RunDirectory:  # the same
     "Continue a run in its own directory. Raises `RunError`, `CheckpointError`, and `ConfigError` on drift."
-    check_not_original(run)
+    if (place := _place(run, overrides)).rank:
+        return follow(place)
     check_ended(run, resumable_metadata(run), force)
     with held(run.path):
         remove_temporaries(run.path)
@@ -462,15 +460,14 @@ def resume(
             check_drift(run, changes, accept_drift)
             if start.source:
                 check_restorable(start, load_model(start.source)[0], loaded.config)
-            check_batch_limits(loaded.config, data)
-            check_selection(loaded.config, data)
+            check_judged(loaded.config, data)
             check_trainer(loaded.config)
             parent = continued_parent(metadata, start, data, loaded.config)
             aside = rewind(run, start)
             note_resume(run, metadata, loaded, start, aside, changes)
             with recorded(run, loaded.config.trainer.stop_signals):
                 say_resumed(metadata, checkpoint, start, aside, changes)
-                note_kernel(metadata["environment"]["kernel"], kernel_of(loaded.config.trainer))
+                note_machine(metadata["environment"], read_metadata(run)["environment"])
                 go_on(run, loaded, data, parent, start)
                 conclude(run)
     return run

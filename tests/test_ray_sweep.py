@@ -1,0 +1,230 @@
+"""A sweep on a cluster: the numbers of one machine, whoever is lost on the way, and what is refused before it starts."""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+import torch
+
+from topoqa_nb.cli import main
+from topoqa_nb.data.tiny import DemoPaths
+from topoqa_nb.ground.cluster import Sight, connected, look_around
+from topoqa_nb.ground.core import held
+from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record
+from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs
+from topoqa_nb.sweep.ray_jobs import RayServer
+from topoqa_nb.sweep.sweep import SweepInterrupted, run_jobs
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+SMALL = {
+    "model.hidden_dim": 8,
+    "model.attention_head": 2,
+    "trainer.num_epochs": 15,
+    "early_stopping.patience": 99,
+}
+
+
+def planned(demo: DemoPaths, root: Path, **options: object) -> list[Job]:
+    "The first jobs of the extended sweep, shortened."
+    data = {"graph": demo.graph_dir, "train_labels": demo.train_labels, "val_labels": demo.val_labels}
+    settings = SMALL | {f"paths.{key}": str(place) for key, place in data.items()}
+    manifest = load_manifest("run_extended.yaml")
+    return plan_jobs(manifest, overrides=settings, output_root=root, **options)
+
+
+def outcome(job: Job) -> tuple[bytes, dict[str, torch.Tensor]]:
+    "Every epoch, and the weights after the last one."
+    content = torch.load(job.run.last_checkpoint, weights_only=False)
+    return job.run.metrics_file.read_bytes(), content["state_dict"]
+
+
+def assert_same(one: Job, other: Job) -> None:
+    (rows, weights), (other_rows, other_weights) = outcome(one), outcome(other)
+    assert rows == other_rows, one.name
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights), one.name
+
+
+def end_second_node(cluster: "Cluster") -> None:
+    "As when the power is cut: all at once, and nobody has time for a last word."
+    node = cluster.list_all_nodes()[-1]
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for process in [raylet, *raylet.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    cluster.remove_node(node, allow_graceful=False)
+
+
+def is_on_second_node(run: RunDirectory, cluster: "Cluster") -> bool:
+    raylet = cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid
+    with suppress(psutil.NoSuchProcess):
+        pid = read_record(run).environment["process"]["pid"]
+        return raylet in [above.pid for above in psutil.Process(pid).parents()]
+    return False
+
+
+def test_a_node_lost_in_the_middle_changes_no_number(
+    cluster: "Cluster", demo: DemoPaths, tmp_path: Path
+) -> None:
+    here, there = (
+        planned(demo, tmp_path / name, limit=2, timestamp="2026-01-31_12-00-00") for name in ("here", "there")
+    )
+    lines, lost = [], []
+
+    def listen(line: str) -> None:
+        "The second node ends as soon as a training there has an epoch."
+        lines.append(line)
+        name = line.partition(" | Epoch ")[0]
+        running = [job for job in there if job.name == name and job.run.last_checkpoint.exists()]
+        if not lost and running and is_on_second_node(running[0].run, cluster):
+            lost.extend(running)
+            end_second_node(cluster)
+
+    assert run_jobs(here, jobs=2, say=lambda line: None).completed
+    result = run_jobs(there, executor="ray", say=listen)
+    assert result.completed, "\n".join(lines)
+    for one, other in zip(here, there, strict=True):
+        assert_same(one, other)
+    metadata = read_metadata(lost[0].run)
+    assert [entry["checkpoint"] for entry in metadata["resumes"]] == ["last.chkpt"]
+    assert re.fullmatch(r"lost on \S+, retry 1 of 3", metadata["resumes"][0]["because"])
+    assert f"{lost[0].name} | {metadata['resumes'][0]['because']}" in lines
+    assert lines[0] == "2 jobs, 2 at a time, on 2 nodes of a Ray cluster"
+    assert not (tmp_path / "there" / ".sweep").exists()
+    lines.clear()  # the driver starts once more
+    again = run_jobs(
+        planned(demo, tmp_path / "there", limit=2), executor="ray", skip_completed=True, say=lines.append
+    )
+    assert [job.reason for job in again] == [f"completed before as {job.run.name}" for job in there]
+    assert (again.completed, lines) == (True, [])
+    cluster.add_node(num_cpus=1, object_store_memory=2**27)
+
+
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+run = Path(sys.argv[1])
+def stop(signum, frame):
+    (run / "run_metadata.json").write_text(json.dumps({"status": "interrupted", "reason": "by " + str(signum)}))
+    sys.exit(128 + signum)
+signal.signal(signal.SIGINT, stop)
+run.mkdir(parents=True)
+(run / "run_metadata.json").write_text(json.dumps({"status": "running"}))
+print("Epoch 000 | val_loss=" + os.environ["OMP_NUM_THREADS"] + os.environ["TOPOQA_THREADS"], flush=True)
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_stops_what_runs_and_takes_back_what_waits(
+    cluster: "Cluster", demo: DemoPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.chdir(tmp_path)
+    jobs = planned(demo, tmp_path / "runs", limit=3)
+    lines = []
+
+    def interrupt(line: str) -> None:
+        lines.append(line)
+        if len([line for line in lines if "Epoch" in line]) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with RayServer(modules=[]) as server, pytest.raises(SweepInterrupted) as stopped:
+        command = lambda job: ["-m", "stand_in", str(job.run.path)]  # noqa: E731
+        run_jobs(jobs, executor="ray", command=command, say=interrupt, server=server)
+    assert [job.status for job in stopped.value.result] == ["interrupted", "interrupted", "not started"]
+    assert [job.reason for job in stopped.value.result][:2] == ["by 2", "by 2"]
+    assert sum(line.endswith("| Epoch 000 | val_loss=11") for line in lines) == 2  # threads as CPUs
+    assert not jobs[2].run.path.exists()
+
+
+@pytest.fixture
+def refused(demo: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    "What a sweep on a cluster says that is not started."
+
+    def ask(*words: str, resources: str = "") -> str:
+        manifest = tmp_path / "manifest.yaml"
+        data = f"paths.graph: {demo.graph_dir}, paths.train_labels: {demo.train_labels}"
+        shared = (
+            f"shared: {{config: config.yaml, overrides: {{{data}, paths.val_labels: {demo.val_labels}}}}}"
+        )
+        manifest.write_text(f"{resources}\n{shared}\njobs: [{{name: a}}]\n")
+        line = [
+            "batch",
+            "--manifest",
+            str(manifest),
+            "--executor",
+            "ray",
+            "--run-root",
+            str(tmp_path / "runs"),
+        ]
+        assert main([*line, *words]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert [line.startswith("topoqa: error: ") for line in said] == [True], said
+        return said[0]
+
+    yield ask
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_without_ray_or_a_cluster(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    started = time.monotonic()
+    assert "expected a Ray cluster at 127.0.0.1:1, found Connection refused" in refused()
+    assert time.monotonic() - started < 30  # Ray itself tries for minutes
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert "executor ray: expected the package ray, found none; pip install 'topoqa_nb[ray]'" in refused()
+
+
+def test_what_no_node_has_is_told_at_once(
+    cluster: "Cluster", refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with connected():
+        said = refused(resources="resources: {num_cpus: 2}")
+        assert (
+            "a: resources.num_cpus: expected a node with 2 CPUs, found at most 1 on the 2 of the cluster"
+            in said
+        )
+        assert "expected a node with 1 GPUs" in refused(resources="resources: {num_gpus: 1}")
+        assert "resources.memory: expected" in refused(resources="resources: {memory: 99 TB}")
+        assert "resources.num_cpu: expected a known key" in refused(resources="resources: {num_cpu: 2}")
+        own = next(iter(look_around().versions.items()))
+        answers = {
+            f"expected {own[0]} {own[1]}, found 0.0.1": Sight({own[0]: "0.0.1"}, (True,), ()),
+            f"expected the folder {tmp_path / 'runs'} of this machine": None,
+        }
+        for expected, sight in answers.items():
+            with monkeypatch.context() as patch:
+                see(patch, sight)
+                assert expected in refused()
+
+
+def see(patch: pytest.MonkeyPatch, sight: Sight | None) -> None:
+    "Let the nodes find what they do not find here: other versions, or none of the marks."
+    from topoqa_nb.ground import cluster
+
+    def looks(nodes: list, marks: list, inputs: list) -> dict[str, Sight]:
+        own = cluster.look_around(marks, inputs)
+        return {node.id: sight or replace(own, marks=(False,)) for node in nodes}
+
+    patch.setattr(cluster, "_looks", looks)
+
+
+def test_a_second_sweep_in_the_same_run_root(
+    cluster: "Cluster", refused: Callable[..., str], tmp_path: Path
+) -> None:
+    with held(tmp_path / "runs"):
+        assert "runs: expected a folder for this process alone" in refused()
+    (tmp_path / "runs" / ".lock").unlink()  # what is left of a sweep that was killed is not in the way
