@@ -737,3 +737,24 @@ def test_a_failure_is_told_by_the_exit_code_when_nobody_reads(demo, tmp_path):
     arguments = ["run", "--config", "config.yaml", "--output-root", "runs", *on_tiny_data(demo), *diverges]
     code, _, said = read_first_line(*arguments, folder=tmp_path)
     assert code == 1 and said.count("\n") == 1 and "expected a finite loss" in said
+
+
+@in_turn(
+    "line",
+    [
+        "fine-tune --checkpoint loop.ckpt", "fine-tune -p checkpoint loop.ckpt", "pipeline --graph-dir loop.ckpt",
+        "pipeline -preports_dir=loop.ckpt", "run --config config.yaml --resume-from loop.ckpt",
+        "archive --run-id a --run-root loop.ckpt",
+    ],
+)  # fmt: skip
+def test_a_link_that_leads_to_itself_is_one_line(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    if not (tmp_path / "loop.ckpt").is_symlink():
+        (tmp_path / "loop.ckpt").symlink_to("loop.ckpt")
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("topoqa: error: ") and said.count("\n") == 1
+    assert "loop.ckpt: expected access and room, found Too many levels of symbolic links" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["loop.ckpt"]

@@ -1,13 +1,17 @@
 "Evaluation, comparison, splits: values against plain loops, the coverage of intervals, bad input on the command line."
 
+import functools
 import inspect
 import math
+import shutil
+import sys
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from topoqa_nb.answers.bootstrap import coverage, resampled_measures
 from topoqa_nb.answers.evaluation import evaluate
@@ -252,3 +256,25 @@ def test_cross_validation_trains_a_run_for_each_fold(demo, tmp_path, monkeypatch
     for fold, rows in table.groupby("fold"):  # the run of a fold has trained on none of it
         trained = pd.read_csv(f"cv/config/fold{fold}_train.csv").MODEL
         assert not {*rows.target} & {*trained.str.split("/").str[0]}
+
+
+def test_a_narrow_terminal_breaks_no_name_and_is_told_what_it_lacks(files, capsys, monkeypatch):
+    names = ["the_model_that_was_trained_longest", "the_model_that_nobody_has_ever_trained"]
+    for name in names:
+        shutil.copy("a.csv", f"{name}.csv")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    for width in (40, 80, 120):
+        terminal = functools.partial(Console, width=width, force_terminal=True, color_system=None)
+        for module in ("topoqa_nb.ground.console", "topoqa_nb.evaluation_commands"):
+            monkeypatch.setattr(f"{module}.standard_output", terminal)
+        for command in (
+            "evaluate --predictions a.csv",
+            f"compare --predictions {names[0]}.csv {names[1]}.csv",
+        ):
+            assert main(f"{command} --bootstrap 20".split()) == 0
+            said = capsys.readouterr()
+            table = said.out.split("\n\n")[1]
+            widest = max(len(line.rstrip()) for line in table.splitlines())
+            assert widest <= max(width, 42) and ("no room for" in said.err) == (width == 40), (command, width)
+            if "compare" in command and width > 40:
+                assert all(name in table for name in names)

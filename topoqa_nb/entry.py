@@ -103,7 +103,7 @@ def exit_code(
 def joined_pairs(
     arguments: Sequence[str],  # of the command line
 ) -> list[str]:
-    "`-p NAME VALUE` of papermill, or `-p NAME=VALUE`, as `--parameter NAME=VALUE`."
+    "`-p NAME VALUE` of papermill, `-p NAME=VALUE` or `-pNAME=VALUE`, as `--parameter NAME=VALUE`."
     joined, rest = [], list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -111,6 +111,8 @@ def joined_pairs(
             joined += ["--parameter", rest.pop(0)]
         elif argument == "-p" and len(rest) > 1:
             joined += ["--parameter", f"{rest.pop(0)}={rest.pop(0)}"]
+        elif re.match(r"-p[A-Za-z_]\w*=", argument):
+            joined += ["--parameter", argument.removeprefix("-p")]
         else:
             joined.append(argument)
     return joined

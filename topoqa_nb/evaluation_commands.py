@@ -9,6 +9,7 @@ __all__ = ['Predictions', 'GraphDir', 'TrainLabels', 'Labels', 'Families', 'Boot
 
 # %% ../nbs/98b_evaluation_commands.ipynb #98b-003
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +17,7 @@ import typer
 
 from .answer_commands import Device, ExecutorOption, ModelOption, MoreModels, RunRoot, TargetRegex
 from .entry import RUN_ROOT, Jobs, Override, app
+from .ground.console import no_room_line, print_columns, short_names, standard_output
 from .ground.core import ConfigError, to_json
 from .ground.machine import available_cores, fast_import
 
@@ -36,12 +38,32 @@ Out = Annotated[Path | None, typer.Option(help="Folder for JSON, tables, figures
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier answer in --out.")]
 Format = Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")]
 
-
+# %% ../nbs/98b_evaluation_commands.ipynb #98b-031
 def print_table(
-    table: "pd.DataFrame",
+    table: "pd.DataFrame",  # its first column is text
+    needed: Sequence[str] = (),  # columns, the most needed first; default: as they stand
 ) -> None:
     "A table on standard output, numbers with three decimals, gaps left empty."
-    print(table.to_string(index=False, na_rep="", float_format=lambda number: f"{number:.3f}"))
+    if not sys.stdout.isatty():
+        print(table.to_string(index=False, na_rep="", float_format=lambda number: f"{number:.3f}"))
+        return
+    texts, words = {name: _texts(table[name]) for name in table}, [table.columns[0]]
+    called = short_names(texts, words, standard_output().width)
+    for name in [name for name in called if called[name] != name]:
+        print(f"{called[name]} {name}")
+    rows = [dict(zip(called.values(), row, strict=True)) for row in zip(*texts.values(), strict=True)]
+    left_out = print_columns(rows, [called[name] for name in needed or table], words)
+    if left_out:
+        print(f"\n{no_room_line(left_out)}", file=sys.stderr)
+
+
+def _texts(column: "pd.Series") -> list[str]:
+    "Cells of one width, numbers under numbers."
+    is_number = column.dtype.kind in "if"
+    texts = [
+        "" if each != each else f"{each:.3f}" if isinstance(each, float) else str(each) for each in column
+    ]
+    return [text.rjust(max(map(len, texts))) for text in texts] if is_number else texts
 
 # %% ../nbs/98b_evaluation_commands.ipynb #98b-010
 @app.command("evaluate")

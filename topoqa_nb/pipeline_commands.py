@@ -148,7 +148,8 @@ def fine_tune_command(
 ) -> None:
     "Phase 1 and phase 2 from the best, or a given, checkpoint."
     values = pipeline_values(context)
-    start = [values.pop(name, None) for name in ("checkpoint", "run_dir")]
+    named = [values.pop(name, None) for name in ("checkpoint", "run_dir")]
+    start = [Path(name) if name else None for name in named]  # of -p, a text
     with fast_import():
         from topoqa_nb.pipeline.pipeline import fine_tune_values
 

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'record', 'LOG_LEVEL', 'UNWRAPPED', 'console_level', 'is_shown', 'say', 'duration', 'standard_output', 'show',
-           'rendered', 'print_columns', 'to_nobody', 'console_for', 'check_text']
+           'rendered', 'print_columns', 'no_room_line', 'short_names', 'to_nobody', 'console_for', 'check_text']
 
 # %% ../../nbs/0_ground/02_console.ipynb #02-003
 import logging
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
@@ -151,6 +151,27 @@ def print_columns(
     console.width = max(console.width, sum(widths.values()) + _GAP * (len(widths) - 1))
     show(table, console)
     return [name for name in columns if name not in widths]
+
+# %% ../../nbs/0_ground/02_console.ipynb #02-111
+def no_room_line(
+    left_out: Iterable[str],  # names of columns, from `print_columns`
+) -> str:  # empty when nothing is left out
+    "What a reader does not see, and where it stands."
+    names = ", ".join(dict.fromkeys(left_out))
+    return f"no room for {names}: a wider terminal shows them, and --format json" if names else ""
+
+# %% ../../nbs/0_ground/02_console.ipynb #02-114
+def short_names(
+    columns: Mapping[str, Sequence[str]],  # name -> cells
+    words: Collection[str],  # columns whose cells may be folded between words
+    width: int,  # of the terminal
+) -> dict[str, str]:  # name -> what it is called
+    "The same names where there is room; else numbers for those that are wider than their cells."
+    needs = {name: _needs(name, cells, name in words) for name, cells in columns.items()}
+    wide = [name for name in columns if name not in words and len(name) > max(map(cell_len, columns[name]))]
+    if sum(needs.values()) + _GAP * (len(needs) - 1) <= width:
+        return dict(zip(columns, columns, strict=True))
+    return {name: f"({wide.index(name) + 1})" if name in wide else name for name in columns}
 
 # %% ../../nbs/0_ground/02_console.ipynb #02-018
 def to_nobody(

@@ -381,6 +381,7 @@ _REMEDIES = {  # of what the operating system refuses
     errno.ENOTDIR: "move away the file that is in the way",
     errno.EISDIR: "move away the directory that is in the way",
     errno.ENAMETOOLONG: "choose a shorter name or path",
+    errno.ELOOP: "mend the symbolic link, which leads to itself",
     errno.EMFILE: "raise the limit of open files (ulimit -n), or use fewer dataloader.num_workers",
     errno.ENFILE: "close other programs, or use fewer dataloader.num_workers",
     errno.ENOMEM: _MEMORY,
@@ -392,6 +393,7 @@ _OUT_OF_MEMORY = re.compile(
     r"can(?:'t|not) allocate memory|out of memory|bad_alloc|failed to map segment", re.I
 )
 _LOST_WORKER = re.compile(r"DataLoader worker \(pid")
+_LINK_LOOP = re.compile(r"^Symlink loop from '(.*)'$")  # what `Path.resolve` raises
 _FAILED_WRITE = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
 
 
@@ -431,6 +433,8 @@ def resource_error(
     where = next(filter(None, names), "the system")
     if code in _REMEDIES:
         return kind(where, "access and room", os.strerror(code), _REMEDIES[code])
+    if loop := _LINK_LOOP.search(text):
+        return kind(loop[1], "access and room", os.strerror(errno.ELOOP), _REMEDIES[errno.ELOOP])
     if _FAILED_WRITE.search(text):
         return kind(where, "a file that can be written", text, _REMEDIES[errno.ENOSPC])
     return None

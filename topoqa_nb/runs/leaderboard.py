@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..ground.console import print_columns
+from ..ground.console import no_room_line, print_columns
 from topoqa_nb.ground.core import (
     CheckpointError,
     RunError,
@@ -335,8 +335,7 @@ def _print_tables(
     if len(ranked) < len(rows):
         left_out += _print_table("not ranked", [cells(row) for row in rows if row["rank"] is None])
     if left_out:
-        names = ", ".join(dict.fromkeys(left_out))
-        print(f"\nno room for {names}: a wider terminal shows them, and --format json", file=sys.stderr)
+        print(f"\n{no_room_line(left_out)}", file=sys.stderr)
     if not rows:
         print("no runs")
 
