@@ -36,12 +36,15 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pinned}
 
 
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", None) == "TYPE_CHECKING"
+
+
 def required_imports(module: Path) -> set[str]:
-    "Top-level names that the module cannot do without; an import inside `try` is optional."
+    "Top-level names that the module cannot do without; an import inside `try`, or for types alone, is optional."
     tree = ast.parse(module.read_text())
-    optional = {
-        id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)
-    }
+    blocks = [block for block in ast.walk(tree) if isinstance(block, ast.Try) or _is_for_types(block)]
+    optional = {id(node) for block in blocks for node in ast.walk(block)}
     nodes = [node for node in ast.walk(tree) if id(node) not in optional]
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}

@@ -175,7 +175,7 @@ def connected(
         yield ray
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    from ray._private import worker
+    worker = ray._private.worker
 
     before, daemons = psutil.Process().children(), []
     with _unchanged(), scratch_folder() as folder:
@@ -328,10 +328,10 @@ def _looks(
 ) -> dict[str, Sight]:  # by id of the node
     "What each node sees. Raises `ResourceError` for one that does not answer, or cannot."
     ray = load_ray()
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(num_cpus=0, max_retries=0)(look_around)
-    bound = {node: NodeAffinitySchedulingStrategy(node.id, soft=False) for node in nodes}
+    near = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    bound = {node: near(node.id, soft=False) for node in nodes}
     asked = {
         node: look.options(scheduling_strategy=place).remote(marks, inputs) for node, place in bound.items()
     }

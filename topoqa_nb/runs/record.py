@@ -268,7 +268,7 @@ class Loader(_Part):
 
     seed: _Number = None
 
-
+# %% ../../nbs/3_runs/32_record.ipynb #32-131
 class Parameters(_Part):
     "The resolved configuration."
 
@@ -280,6 +280,12 @@ class Parameters(_Part):
     trainer: _Section[dict[str, object]] = {}
     optimizer: _Section[dict[str, object]] = {}
     scheduler: _Section[dict[str, object]] = {}
+    selection: _Section[dict[str, object]] = {}
+    coverage: _Section[dict[str, object]] = {}
+    logging: _Section[dict[str, object]] = {}
+    mlflow: _Section[dict[str, object]] = {}
+    edge_schema: _Section[dict[str, object]] = {}
+    topology_schema: _Section[dict[str, object]] = {}
 
     @property
     def patience(self) -> float | None:
