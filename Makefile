@@ -37,7 +37,7 @@ test: lint ## lint, run every page, run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-faults: $(STAMP) ## kill at changes of the file system and go on; damage every file that is read; hours; FIRST=1 kills elsewhere
-	TOPOQA_KILL_EVERY=1 TOPOQA_KILL_FIRST=$(or $(FIRST),0) TOPOQA_DAMAGE_EVERY=1 $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_kills_of_commands.py tests/test_kills_of_trainings.py tests/test_damage.py
+	TOPOQA_KILL_EVERY=1 TOPOQA_KILL_FIRST=$(or $(FIRST),0) TOPOQA_DAMAGE_EVERY=1 TOPOQA_BENCHMARKS=all $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_kills_of_commands.py tests/test_kills_of_trainings.py tests/test_damage.py tests/test_benchmarks.py
 
 lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py

@@ -1,6 +1,6 @@
 """Every file that is read, in every form of damage, by whatever reads it: a line, or a value, and never a traceback or a wait.
 
-`make test` takes every 80th case of the table, `make test-faults` takes all of them (TOPOQA_DAMAGE_EVERY=1).
+`make test` takes every 127th case of the table, `make test-faults` takes all of them (TOPOQA_DAMAGE_EVERY=1).
 """
 
 import copy
@@ -53,7 +53,7 @@ from topoqa_nb.training.resume import check_restorable
 from topoqa_nb.training.rewind import find_start, finish_rewinds
 from topoqa_nb.training.training import train
 
-EVERY = int(os.environ.get("TOPOQA_DAMAGE_EVERY", "80"))
+EVERY = int(os.environ.get("TOPOQA_DAMAGE_EVERY", "127"))
 SECONDS = 30  # in which a case ends, on a machine that does other things too
 
 # --- what can happen to a file ---

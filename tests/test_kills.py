@@ -16,7 +16,7 @@ from topoqa_nb.network.weights import read_checkpoint
 from topoqa_nb.runs.record import RunDirectory, read_metadata
 from topoqa_nb.training.resume import resume
 
-EVERY = int(os.environ.get("TOPOQA_KILL_EVERY", "17"))  # 1: at every change
+EVERY = int(os.environ.get("TOPOQA_KILL_EVERY", "29"))  # 1: at every change
 
 
 def state(run: RunDirectory) -> dict:
