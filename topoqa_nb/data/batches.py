@@ -10,6 +10,7 @@ __all__ = ['Coverage', 'Split', 'load_split', 'shared_between', 'few', 'coverage
 # %% ../../nbs/1_data/17_batches.ipynb #17-004
 import math
 import os
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -351,7 +352,7 @@ def prepare_workers() -> None:
 
 def _begin_loading(number: int) -> None:
     "What a loader process does first."
-    leave_stops_to_parent()
+    leave_stops_to_parent(signal.SIGTERM)
 
 # %% ../../nbs/1_data/17_batches.ipynb #17-031
 class _Batches(Dataset):

@@ -70,10 +70,12 @@ def left_alone(
         yield
 
 # %% ../../nbs/0_ground/01_signals.ipynb #01-104
-def leave_stops_to_parent() -> None:
-    "In a process that serves another one: all that asks for a stop is ignored, except SIGTERM."
+def leave_stops_to_parent(
+    *kept: int,  # signals that stay as they are
+) -> None:
+    "In a process that serves another one: what asks for a stop is ignored."
     for each in heeded():
-        if each != signal.SIGTERM:
+        if each not in kept:
             signal.signal(each, signal.SIG_IGN)
 
 # %% ../../nbs/0_ground/01_signals.ipynb #01-701

@@ -23,7 +23,7 @@ from ..ground.config import load_config
 from ..ground.console import say
 from ..ground.core import ConfigError, DataError, TrainingError, now
 from ..ground.settings import Config, TrainerConfig
-from ..ground.signals import heeded, left_alone, stop_with_parent
+from ..ground.signals import leave_stops_to_parent, left_alone, stop_with_parent
 from ..runs.record import RunDirectory, update_metadata
 from .devices import check_device, keep_freed_memory, torch_threads
 from .ranks import Place, in_company, meet, meeting_point, place_of, wait_for
@@ -116,8 +116,7 @@ def follow_leader(
     "What the hidden command does that a leader starts; the end of the leader is its own."
     place = json.loads(told)
     stop_with_parent(place.pop("parent"), signal.SIGKILL)  # it writes nothing that could be left half-done
-    for each in heeded():  # sent to all processes of a job, it is the leader's to answer
-        signal.signal(each, signal.SIG_IGN)
+    leave_stops_to_parent()  # also those that are sent to all processes of a job
     follow(Place(**place))
 
 
