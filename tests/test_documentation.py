@@ -80,3 +80,21 @@ def test_security_names_tests_and_pages_that_exist():
     }
     pages = {page.stem for page in (REPOSITORY / "nbs").rglob("*.ipynb")}
     assert len(named) > 20 and set(named) <= functions | pages | {*tests}
+
+
+LASTING = {  # what a page does to its process -> how it takes that back
+    r'^os\.environ\["(\w+)"\] = ': 'del os.environ["{}"]',
+    r"^(log)\.(?:setLevel\(logging\.INFO|.*level = )": "{}.setLevel(logging.NOTSET)",
+    r"^(log)\.(?:addHandler|handlers)": "{}.handlers.clear()",
+}
+
+
+def test_a_page_leaves_its_process_as_it_was_for_the_next_page():
+    lasting = []
+    for page in sorted(PAGES):
+        cells = json.loads((REPOSITORY / "nbs" / page).read_text())["cells"]
+        lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+        for done, undone in LASTING.items():
+            changes = [change for line in lines if (change := re.match(done, line))]
+            lasting += [(page, change[0]) for change in changes if undone.format(change[1]) not in lines]
+    assert lasting == []

@@ -371,11 +371,6 @@ def claim_reports(
     defaults = PipelineParameters().model_dump(mode="json")  # of parameters that an earlier version had not
     recorded = read_json(file, ConfigError)
     if not isinstance(recorded, dict):
-        found = f"{type(recorded).__name__}"
-        raise ConfigError(
-            file, "the parameters of a pipeline", found, "restore the file, or use another reports_dir"
-        )
-    if not isinstance(recorded, dict):
         fix = "restore the file from a copy, or use another reports_dir"
         raise ConfigError(file, "the parameters of a pipeline", type(recorded).__name__, fix)
     recorded = defaults | recorded
