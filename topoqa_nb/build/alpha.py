@@ -95,19 +95,16 @@ def _tetrahedron_values(points, corners):
 @inner_kernel
 def _triangle_value(points, corners, neighbours, values, cell, place):
     "When the triangle opposite of a corner appears."
-    other, count = neighbours[cell, place], len(points)
+    other, count, opposite = neighbours[cell, place], len(points), corners[cell, place]
     a, b, c = corners[cell, (place + 1) & 3], corners[cell, (place + 2) & 3], corners[cell, (place + 3) & 3]
     square, x, y, z = _triangle_ball(points, a, b, c)
-    first, alone = values[cell], True
-    if corners[cell, place] < count:
-        alone = _squared_distance(points, corners[cell, place], x, y, z) >= square
-    if other >= 0:
-        first = min(first, values[other])
-        for corner in range(4):
-            point = corners[other, corner]
-            if point != a and point != b and point != c and point < count:
-                alone = alone and _squared_distance(points, point, x, y, z) >= square
-    return square if alone else first
+    alone = opposite >= count or _squared_distance(points, opposite, x, y, z) >= square
+    if alone and other >= 0:
+        opposite = corners[other, 0] + corners[other, 1] + corners[other, 2] + corners[other, 3] - (a + b + c)
+        alone = opposite >= count or _squared_distance(points, opposite, x, y, z) >= square
+    if alone:
+        return square
+    return min(values[cell], values[other]) if other >= 0 else values[cell]
 
 # %% ../../nbs/9_build/92a_alpha.ipynb #92a-010
 @kernel
@@ -138,17 +135,15 @@ def _triangles(points, corners, neighbours, number):
 
 # %% ../../nbs/9_build/92a_alpha.ipynb #92a-011
 @kernel
-def _edge_values(points, edges, squared, triangles, sides, square):
-    "When each edge appears."
-    first, alone = np.full(len(edges), np.inf), np.ones(len(edges), np.bool_)
-    for place in range(len(triangles)):
+def _edge_values(squared, sides, square):
+    "When each edge appears: alone, unless an angle opposite of it is obtuse."
+    first, alone = np.full(len(squared), np.inf), np.ones(len(squared), np.bool_)
+    for triangle in range(len(sides)):
         for corner in range(3):
-            edge, opposite = sides[place, corner], triangles[place, (corner + 2) % 3]
-            a, b = edges[edge, 0], edges[edge, 1]
-            x, y = 0.5 * (points[a, 0] + points[b, 0]), 0.5 * (points[a, 1] + points[b, 1])
-            z = 0.5 * (points[a, 2] + points[b, 2])
-            first[edge] = min(first[edge], square[place])
-            if 4.0 * _squared_distance(points, opposite, x, y, z) < squared[edge]:
+            edge = sides[triangle, corner]
+            one, other = sides[triangle, (corner + 1) % 3], sides[triangle, (corner + 2) % 3]
+            first[edge] = min(first[edge], square[triangle])
+            if squared[one] + squared[other] < squared[edge]:
                 alone[edge] = False
     return np.where(alone, 0.25 * squared, first)
 
@@ -162,5 +157,5 @@ def alpha_complex(points, corners, neighbours):
         x, y, z = _between(points, edges[edge, 0], edges[edge, 1])
         squared[edge] = x * x + y * y + z * z
     triangles, sides, square, beside = _triangles(points, corners, neighbours, number)
-    values = _edge_values(points, edges, squared, triangles, sides, square)
+    values = _edge_values(squared, sides, square)
     return AlphaComplex(edges, squared, values, triangles, sides, square, beside)

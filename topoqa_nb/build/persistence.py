@@ -16,14 +16,41 @@ from .tessellation import WIDEST, make_mesh, tessellate_grid, to_grid
 from ..ground.core import ConfigError
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-101
+@inner_kernel
+def _drawer(pattern, bits):
+    "One of 2^bits drawers for a value by its bits: 16 powers of two from 1/8 on, each in equal parts."
+    fine = bits - 4
+    return min(max((pattern >> (52 - fine)) - (1020 << fine), 0), (1 << bits) - 1)
+
+
+@inner_kernel
+def _insertion_sort(keys):
+    "Sort keys that are nearly in order."
+    for place in range(1, len(keys)):
+        key, before = keys[place], place - 1
+        while before >= 0 and keys[before] > key:
+            keys[before + 1] = keys[before]
+            before -= 1
+        keys[before + 1] = key
+
+
 @kernel
 def _order(values):
     "Places of values, none of them negative, the smallest first."
-    bits = 1
+    bits = 4
     while 1 << bits < len(values):
         bits += 1
-    keys = (values.view(np.int64) >> bits << bits) | np.arange(len(values))
-    keys.sort()
+    pattern, keys = values.view(np.int64), np.empty(len(values), np.int64)
+    starts = np.zeros((1 << bits) + 1, np.int64)
+    for place in range(len(values)):
+        starts[_drawer(pattern[place], bits) + 1] += 1
+    for drawer in range(1 << bits):
+        starts[drawer + 1] += starts[drawer]
+    for place in range(len(values)):
+        drawer = _drawer(pattern[place], bits)
+        keys[starts[drawer]] = pattern[place] >> bits << bits | place
+        starts[drawer] += 1
+    _insertion_sort(keys)
     return keys & ((1 << bits) - 1)
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-005
@@ -82,42 +109,58 @@ def _highest(words, last):
     return 64 * last + bit
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-008
+_OPEN, _BY_SUM = -1, -2  # instead of the triangle that ends a loop: nothing so far; a sum of triangles
+
+
 @inner_kernel
-def _boundary(sides, triangle, place, row):
-    "Set the bits of a triangle's edges that open loops; the highest of them, or -1."
-    for word in range(len(row)):
-        row[word] = 0
-    highest = -1
+def _youngest(sides, triangle, place):
+    "The last of a triangle's edges that open loops, or -1."
+    return max(place[sides[triangle, 0]], place[sides[triangle, 1]], place[sides[triangle, 2]])
+
+
+@inner_kernel
+def _add(row, sides, triangle, place):
+    "Flip the bits of a triangle's edges that open loops."
     for corner in range(3):
         bit = place[sides[triangle, corner]]
         if bit >= 0:
             row[bit >> 6] ^= np.uint64(1) << np.uint64(bit & 63)
-            highest = max(highest, bit)
-    return highest
 
 
+@inner_kernel
+def _reduce(row, rows, ended, sides, place, triangle, youngest):
+    "Add to a triangle those that end its youngest loop, until that loop is one that nothing ends; that loop, or -1."
+    row[:] = 0
+    _add(row, sides, triangle, place)
+    while youngest >= 0 and ended[youngest] != _OPEN:
+        if ended[youngest] >= 0:
+            _add(row, sides, ended[youngest], place)
+        else:
+            for word in range((youngest >> 6) + 1):
+                row[word] ^= rows[youngest, word]
+        youngest = _highest(row, youngest >> 6)
+    return youngest
+
+# %% ../../nbs/9_build/93_persistence.ipynb #93-103
 @kernel
 def _loops(found, opening, place, cells):
     "Birth and death (Å^2) of every loop."
     order, words = _order(found.triangle_values), (len(opening) + 63) // 64
     ends, bars, count = _ends_loop(found, order, cells), np.empty((len(opening), 2)), 0
-    rows, row = np.zeros((len(opening), words), np.uint64), np.zeros(words, np.uint64)
-    taken, sides = np.zeros(len(opening), np.bool_), found.sides
+    rows, row = np.empty((len(opening), words), np.uint64), np.empty(words, np.uint64)
+    ended, sides = np.full(len(opening), _OPEN, np.int32), found.sides
     births, values = found.edge_values, found.triangle_values
     for triangle in order:
         if not ends[triangle]:
             continue
-        youngest = _boundary(sides, triangle, place, row)
-        while youngest >= 0 and taken[youngest]:
-            for word in range((youngest >> 6) + 1):
-                row[word] ^= rows[youngest, word]
-            youngest = _highest(row, youngest >> 6)
+        youngest, by = _youngest(sides, triangle, place), triangle
+        if youngest >= 0 and ended[youngest] != _OPEN:
+            youngest, by = _reduce(row, rows, ended, sides, place, triangle, youngest), _BY_SUM
+            if youngest >= 0:
+                rows[youngest] = row
         if youngest >= 0:
-            taken[youngest] = True
-            for word in range((youngest >> 6) + 1):
-                rows[youngest, word] = row[word]
-            bars[count, 0] = births[opening[youngest]]
-            bars[count, 1] = values[triangle]
+            ended[youngest] = by
+            bars[count, 0], bars[count, 1] = births[opening[youngest]], values[triangle]
             count += 1
     return bars[:count]
 
