@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import in_turn
+from conftest import in_turn, with_node
 
 from topoqa_nb.build.example import helix_pair, write_example
 from topoqa_nb.cli import main
@@ -95,7 +95,7 @@ def a_node_lost(cluster: "Cluster", out: Path) -> Iterator[list[int]]:
     finally:
         ended.set()
         thread.join()
-        cluster.add_node(num_cpus=1, object_store_memory=2**27)
+        with_node(cluster)
 
 
 def test_bytes_are_those_of_one_process(
@@ -138,9 +138,8 @@ def test_a_stopped_build_goes_on_elsewhere(
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 120
     while lines_of(out) < 8:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate()
