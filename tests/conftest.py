@@ -7,7 +7,9 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
     from topoqa_nb.data.tiny import DemoPaths
+    from topoqa_nb.runs.record import RunDirectory
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes share the cores
 
@@ -141,6 +144,52 @@ def with_node(cluster: "Cluster | None", **options: object) -> "Cluster":
             for process in [each for each in psutil.Process().children() if each not in before]:
                 process.kill()
     pytest.skip("a node of Ray did not start within the 15 s that Ray gives it, three times")
+
+
+def end_second_node(cluster: "Cluster") -> None:
+    "As when the power is cut: all at once, and nobody has time for a last word."
+    node = cluster.list_all_nodes()[-1]
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for process in [raylet, *raylet.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    cluster.remove_node(node, allow_graceful=False)
+
+
+@contextmanager
+def a_node_lost(cluster: "Cluster", when: Callable[[], object]) -> Iterator[list]:
+    "Inside of this the second node is lost as soon as something is true; what that was."
+    seen, ended = [], threading.Event()
+
+    def lose() -> None:
+        while not seen and not ended.wait(0.01):
+            if found := when():
+                seen.append(found)
+                end_second_node(cluster)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+        if seen:
+            with_node(cluster)
+
+
+def trained_on_second_node(cluster: "Cluster", root: Path) -> "RunDirectory | None":
+    "A run with a complete epoch whose process is on the second node."
+    from topoqa_nb.runs.record import read_record
+    from topoqa_nb.runs.runs import list_runs
+
+    raylet = cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid
+    for run in list_runs(root) if root.is_dir() else ():
+        with suppress(psutil.NoSuchProcess, KeyError):
+            above = psutil.Process(read_record(run).environment["process"]["pid"]).parents()
+            if run.last_checkpoint.exists() and raylet in [process.pid for process in above]:
+                return run
+    return None
 
 
 @functools.cache

@@ -5,21 +5,19 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
-from conftest import with_node
+from conftest import a_node_lost, trained_on_second_node
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths
 from topoqa_nb.ground.cluster import Sight, connected, look_around
 from topoqa_nb.ground.core import held
-from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record
+from topoqa_nb.runs.record import read_metadata
 from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs
 from topoqa_nb.sweep.ray_jobs import RayServer
 from topoqa_nb.sweep.sweep import SweepInterrupted, run_jobs
@@ -58,50 +56,24 @@ def assert_same(one: Job, other: Job) -> None:
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights), one.name
 
 
-def end_second_node(cluster: "Cluster") -> None:
-    "As when the power is cut: all at once, and nobody has time for a last word."
-    node = cluster.list_all_nodes()[-1]
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    for process in [raylet, *raylet.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    cluster.remove_node(node, allow_graceful=False)
-
-
-def is_on_second_node(run: RunDirectory, cluster: "Cluster") -> bool:
-    raylet = cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid
-    with suppress(psutil.NoSuchProcess):
-        pid = read_record(run).environment["process"]["pid"]
-        return raylet in [above.pid for above in psutil.Process(pid).parents()]
-    return False
-
-
 def test_a_node_lost_in_the_middle_changes_no_number(
     cluster: "Cluster", demo: DemoPaths, tmp_path: Path
 ) -> None:
     here, there = (
         planned(demo, tmp_path / name, limit=2, timestamp="2026-01-31_12-00-00") for name in ("here", "there")
     )
-    lines, lost = [], []
-
-    def listen(line: str) -> None:
-        "The second node ends as soon as a training there has an epoch."
-        lines.append(line)
-        name = line.partition(" | Epoch ")[0]
-        running = [job for job in there if job.name == name and job.run.last_checkpoint.exists()]
-        if not lost and running and is_on_second_node(running[0].run, cluster):
-            lost.extend(running)
-            end_second_node(cluster)
-
+    lines = []
     assert run_jobs(here, jobs=2, say=lambda line: None).completed
-    result = run_jobs(there, executor="ray", say=listen)
+    with a_node_lost(cluster, lambda: trained_on_second_node(cluster, tmp_path / "there")) as lost:
+        result = run_jobs(there, executor="ray", say=lines.append)
     assert result.completed, "\n".join(lines)
     for one, other in zip(here, there, strict=True):
         assert_same(one, other)
-    metadata = read_metadata(lost[0].run)
+    metadata = read_metadata(lost[0])
     assert [entry["checkpoint"] for entry in metadata["resumes"]] == ["last.chkpt"]
     assert re.fullmatch(r"lost on \S+, retry 1 of 3", metadata["resumes"][0]["because"])
-    assert f"{lost[0].name} | {metadata['resumes'][0]['because']}" in lines
+    name = next(job.name for job in there if job.run.path == lost[0].path)
+    assert f"{name} | {metadata['resumes'][0]['because']}" in lines
     assert lines[0] == "2 jobs, 2 at a time, on 2 nodes of a Ray cluster"
     assert not (tmp_path / "there" / ".sweep").exists()
     lines.clear()  # the driver starts once more
@@ -110,7 +82,6 @@ def test_a_node_lost_in_the_middle_changes_no_number(
     )
     assert [job.reason for job in again] == [f"completed before as {job.run.name}" for job in there]
     assert (again.completed, lines) == (True, [])
-    with_node(cluster)
 
 
 STAND_IN = """
