@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import psutil
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+from .console import say
 from .core import ConfigError, ResourceError, scratch_folder
 from .machine import available_cores, package_versions
 
@@ -129,6 +130,9 @@ def _silence(host: str, port: int) -> str | None:
         return problem.strerror or str(problem)
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-015
+_BUSY = "start again when the machine is less busy, or look for a lack of memory"
+
+
 def _start(ray: ModuleType, address: str | None, folder: Path) -> None:
     "Connect, or start a cluster on this machine. Raises `ResourceError`."
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
@@ -140,9 +144,7 @@ def _start(ray: ModuleType, address: str | None, folder: Path) -> None:
         where = f"the Ray cluster at {address}" if address else "a Ray cluster on this machine"
         said = str(problem).strip().split("\n")[0]
         fix = "run the command on a node of the cluster, with its versions of Python and Ray"
-        raise ResourceError(
-            where, "a connection", said, fix if address else "look for a lack of memory"
-        ) from None
+        raise ResourceError(where, "a connection", said, fix if address else _BUSY) from None
 
 
 def _own(folder: Path) -> dict[str, object]:
@@ -164,6 +166,24 @@ def _leave(ray: ModuleType, daemons: Sequence[psutil.Process]) -> None:
             process.kill()
 
 
+def _daemons(ray: ModuleType, address: str | None, folder: Path, tries: int = 2) -> Sequence[psutil.Process]:
+    "Connect, or start a cluster of these. Raises `ResourceError`, and nothing is left then."
+    before = psutil.Process().children()
+
+    def begun() -> list[psutil.Process]:
+        return [each for each in psutil.Process().children() if each not in before]
+
+    try:
+        _start(ray, address, folder)
+        return begun()
+    except BaseException as problem:  # Ctrl-C, too
+        _leave(ray, begun())
+        if address or tries == 1 or not isinstance(problem, ResourceError):
+            raise
+    say("a Ray cluster on this machine did not start in time; it is tried once more")
+    return _daemons(ray, address, folder, tries - 1)
+
+# %% ../../nbs/0_ground/09_cluster.ipynb #09-116
 @contextmanager
 def connected(
     address: str
@@ -176,12 +196,9 @@ def connected(
         return
     address = address or os.environ.get("RAY_ADDRESS")
     worker = ray._private.worker
-
-    before, daemons = psutil.Process().children(), []
     with _unchanged(), scratch_folder() as folder:
+        daemons = _daemons(ray, check_address(address) if address else None, folder)
         try:
-            _start(ray, check_address(address) if address else None, folder)
-            daemons = [each for each in psutil.Process().children() if each not in before]
             worker._worker_logs_enabled = False  # else messages of its daemons go to standard output
             yield ray
         finally:
