@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -23,6 +25,22 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes share the cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The same examples every time, and no clock: what holds on one machine holds on a slow one.
+settings.register_profile(
+    "here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("here")
+
+PATIENCE = 300.0  # seconds after which something will not happen any more, on a machine however busy
+
+
+def until(condition: Callable[[], object]) -> None:
+    "Wait for what is sure to happen; only a test that fails takes long."
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 # What takes long to make and is only looked at: the tests of one such thing go to one worker, which makes it once.
@@ -113,16 +131,22 @@ def cluster() -> Iterator["Cluster"]:
     with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # as the tests: on a busy machine others would starve them
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        head = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
-        found = Cluster(
-            head_node_args=head | {"_system_config": quick, "temp_dir": folder}, initialize_head=True
-        )
-        found.add_node(num_cpus=1, object_store_memory=2**27)
+        patch.setattr("topoqa_nb.ground.cluster.ANSWER_SECONDS", PATIENCE)
+        head = {"include_dashboard": False, "_system_config": quick, "temp_dir": folder}
+        found = Cluster()
+        for more in (head, {}):
+            add_node(found, **more)
         patch.setenv("RAY_ADDRESS", found.address)
         try:
             yield found
         finally:
             found.shutdown()
+
+
+def add_node(cluster: "Cluster", **more: object) -> None:
+    "One of one CPU."
+    cluster.add_node(wait=False, num_cpus=1, object_store_memory=2**27, **more)
+    cluster.wait_for_nodes(PATIENCE)
 
 
 @functools.cache

@@ -4,17 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import in_turn
+from conftest import add_node, in_turn, until
+from test_build import STANDS_STILL
 
 from topoqa_nb.build.example import helix_pair, write_example
+from topoqa_nb.build.journal import Journal
 from topoqa_nb.cli import main
 
 if TYPE_CHECKING:
@@ -78,24 +78,20 @@ def lines_of(out: Path) -> int:
 
 
 @contextmanager
-def a_node_lost(cluster: "Cluster", out: Path) -> Iterator[list[int]]:
-    "Inside of this, a node is lost as soon as a build has come somewhere; how far it had come."
-    found, ended = [], threading.Event()
+def a_node_lost(cluster: "Cluster") -> Iterator[None]:
+    "Inside of this, a node is lost as soon as a build knows of a few structures."
+    add = Journal.add
 
-    def lose() -> None:
-        while lines_of(out) < 8 and not ended.wait(0.01):
-            pass
-        found.append(lines_of(out))
-        cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
+    def add_and_lose(journal: Journal, line: object) -> None:
+        add(journal, line)
+        if len(journal.graphs) == 8 and len(cluster.list_all_nodes()) == 2:
+            cluster.remove_node(cluster.list_all_nodes()[-1], allow_graceful=False)
 
-    thread = threading.Thread(target=lose)
-    thread.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        thread.join()
-        cluster.add_node(num_cpus=1, object_store_memory=2**27)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_lose)
+        yield
+    assert len(cluster.list_all_nodes()) == 1
+    add_node(cluster)
 
 
 def test_bytes_are_those_of_one_process(
@@ -115,9 +111,8 @@ def test_bytes_are_those_of_one_process(
     predict = ["predict", *asked, "--graph-dir", str(whole / "graph_data"), "--out"]
     score = ["score", str(decoys), *asked, "--out"]
     with connected():
-        with a_node_lost(cluster, out) as done:
+        with a_node_lost(cluster):
             assert main([*build_of(decoys, out), *ray]) == 1  # two have no graph
-        assert 8 <= done[0] < 2 * STRUCTURES - 4, "it was lost in the middle"
         assert contents(out) == contents(whole)
         assert not list(out.rglob("*.tmp"))
         assert main([*predict, str(tmp_path / "there.csv"), *ray]) == 0
@@ -134,14 +129,12 @@ def test_a_stopped_build_goes_on_elsewhere(
     cluster: "Cluster", decoys: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "topoqa_nb.cli", *build_of(decoys, out), "--executor", "ray"]
+    command = [sys.executable, "-c", STANDS_STILL, *build_of(decoys, out), "--executor", "ray"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    deadline = time.monotonic() + 120
-    while lines_of(out) < 8:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    until(lambda: lines_of(out) >= 8 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate()
     assert process.returncode == 130, said

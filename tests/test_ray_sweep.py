@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 import torch
+from conftest import add_node
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths
@@ -21,6 +21,7 @@ from topoqa_nb.ground.cluster import Sight, connected, look_around
 from topoqa_nb.ground.core import held
 from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record
 from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs
+from topoqa_nb.sweep.processes import PRELOADED
 from topoqa_nb.sweep.ray_jobs import RayServer
 from topoqa_nb.sweep.sweep import SweepInterrupted, run_jobs
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 SMALL = {
     "model.hidden_dim": 8,
     "model.attention_head": 2,
-    "trainer.num_epochs": 15,
+    "trainer.num_epochs": 6,
     "early_stopping.patience": 99,
 }
 
@@ -76,9 +77,24 @@ def is_on_second_node(run: RunDirectory, cluster: "Cluster") -> bool:
     return False
 
 
+STANDS_STILL = """
+import time
+from pathlib import Path
+from topoqa_nb.training.module import TopoQAModule
+step = TopoQAModule.training_step
+def wait_and_step(module, *batch):
+    while module.current_epoch == 2 and not Path("lost").exists():
+        time.sleep(0.01)
+    return step(module, *batch)
+TopoQAModule.training_step = wait_and_step
+"""
+
+
 def test_a_node_lost_in_the_middle_changes_no_number(
-    cluster: "Cluster", demo: DemoPaths, tmp_path: Path
+    cluster: "Cluster", demo: DemoPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "stands_still.py").write_text(STANDS_STILL)
+    monkeypatch.chdir(tmp_path)  # that of the nodes, too
     here, there = (
         planned(demo, tmp_path / name, limit=2, timestamp="2026-01-31_12-00-00") for name in ("here", "there")
     )
@@ -92,9 +108,11 @@ def test_a_node_lost_in_the_middle_changes_no_number(
         if not lost and running and is_on_second_node(running[0].run, cluster):
             lost.extend(running)
             end_second_node(cluster)
+            Path("lost").touch()
 
     assert run_jobs(here, jobs=2, say=lambda line: None).completed
-    result = run_jobs(there, executor="ray", say=listen)
+    with RayServer([*PRELOADED, "stands_still"]) as server:
+        result = run_jobs(there, executor="ray", say=listen, server=server)
     assert result.completed, "\n".join(lines)
     for one, other in zip(here, there, strict=True):
         assert_same(one, other)
@@ -110,7 +128,7 @@ def test_a_node_lost_in_the_middle_changes_no_number(
     )
     assert [job.reason for job in again] == [f"completed before as {job.run.name}" for job in there]
     assert (again.completed, lines) == (True, [])
-    cluster.add_node(num_cpus=1, object_store_memory=2**27)
+    add_node(cluster)
 
 
 STAND_IN = """
@@ -124,7 +142,7 @@ signal.signal(signal.SIGINT, stop)
 run.mkdir(parents=True)
 (run / "run_metadata.json").write_text(json.dumps({"status": "running"}))
 print("Epoch 000 | val_loss=" + os.environ["OMP_NUM_THREADS"] + os.environ["TOPOQA_THREADS"], flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -181,9 +199,9 @@ def refused(demo: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture) -> C
 
 def test_without_ray_or_a_cluster(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    started = time.monotonic()
-    assert "expected a Ray cluster at 127.0.0.1:1, found Connection refused" in refused()
-    assert time.monotonic() - started < 30  # Ray itself tries for minutes
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.init", lambda **options: pytest.fail("Ray itself tries for minutes"))
+        assert "expected a Ray cluster at 127.0.0.1:1, found Connection refused" in refused()
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "executor ray: expected the package ray, found none; pip install 'topoqa_nb[ray]'" in refused()
 
