@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkProcess
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -27,6 +29,22 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes share the cores
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The same examples every time, and no clock: what holds on one machine holds on a slow one.
+settings.register_profile(
+    "here", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("here")
+
+PATIENCE = 300.0  # seconds after which something will not happen any more, on a machine however busy
+
+
+def until(condition: Callable[[], object]) -> None:
+    "Wait for what is sure to happen; only a test that fails takes long."
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 # What takes long to make and is only looked at: the tests of one such thing go to one worker, which makes it once.
@@ -115,6 +133,7 @@ def cluster() -> Iterator["Cluster"]:
     with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # as the tests: on a busy machine others would starve them
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setattr("topoqa_nb.ground.cluster.ANSWER_SECONDS", PATIENCE)
         alone = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
         found = with_node(None, _system_config=quick, temp_dir=folder, **alone)
         with_node(found)
@@ -136,7 +155,8 @@ def with_node(cluster: "Cluster | None", **options: object) -> "Cluster":
     for _ in range(3):
         before, grown = psutil.Process().children(), cluster or Cluster()
         try:
-            grown.add_node(num_cpus=1, object_store_memory=2**27, **options)
+            grown.add_node(wait=False, num_cpus=1, object_store_memory=2**27, **options)
+            grown.wait_for_nodes(PATIENCE)
             return grown
         except Exception as problem:
             if "timed out during startup" not in str(problem):

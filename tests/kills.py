@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from conftest import is_running, speak_into
+from conftest import PATIENCE, is_running, speak_into
 from watch import WATCHED, entered, is_below, watch
 
 
@@ -98,7 +98,7 @@ def lead(notes: Path, work: Callable[[], object]) -> NoReturn:
         os._exit(1)
 
 
-def those_left(notes: Path, seconds: float = 60) -> list[str]:
+def those_left(notes: Path, seconds: float = PATIENCE) -> list[str]:
     "The processes that are still there after a while."
     end = time.monotonic() + seconds
     while (left := list(filter(is_running, entered(notes)))) and time.monotonic() < end:

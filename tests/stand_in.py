@@ -12,9 +12,10 @@ run, script = Path(sys.argv[1]), sys.argv[2]
 
 
 def say(status: str, **more: object) -> None:
-    "Write into the metadata what a training would."
+    "Write into the metadata what a training would, at once as it would."
     run.mkdir(parents=True, exist_ok=True)
-    (run / "run_metadata.json").write_text(json.dumps({"status": status} | more))
+    (run / "unfinished").write_text(json.dumps({"status": status} | more))
+    (run / "unfinished").replace(run / "run_metadata.json")
 
 
 exec(script)

@@ -94,7 +94,7 @@ def assert_same(found, wanted, tolerance):
 
 
 @pytest.mark.parametrize("kernel", FAST)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     nodes=st.integers(1, 12),
     edge_count=st.integers(0, 50),

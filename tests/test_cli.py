@@ -16,7 +16,7 @@ from typing import TextIO
 import pytest
 import typer
 import yaml
-from conftest import forked, in_turn, speak_into
+from conftest import PATIENCE, forked, in_turn, speak_into
 
 from topoqa_nb.cli import main
 from topoqa_nb.data import demo as demo_module
@@ -311,7 +311,7 @@ def test_a_sigterm_ends_a_run_with_143(demo: DemoPaths, tmp_path: Path):
         assert any(line.startswith("Epoch 000") for line in out)
         process.terminate()
         assert "Traceback" not in out.read() + err.read()
-    process.join(timeout=60)
+    process.join(PATIENCE)
     assert process.exitcode == 143
     assert read_metadata(tmp_path / "a")["status"] == "interrupted"
 

@@ -778,7 +778,7 @@ def test_yaml_that_hurts_is_one_short_line_at_once(read, name, here):
     started = time.process_time()  # of this process, whoever else computes
     with pytest.raises(ConfigError) as caught:
         read(path)
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30  # what hurts takes minutes, or all memory
     message = str(caught.value)
     assert str(path) in message and len(message) < 1500 and "\n" not in message
     message.encode()

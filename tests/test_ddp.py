@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
-from conftest import forked, is_running
+from conftest import PATIENCE, forked, is_running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_geometric.data import Batch, Data
@@ -116,7 +117,7 @@ def test_the_record_says_how_many_and_how_large_a_step_is(one, two):
     assert "ranks" not in one.console_file.read_text()
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(
     count=st.integers(1, 21),
     batch_size=st.integers(1, 5),
@@ -208,7 +209,7 @@ def followers(leader: int) -> list[psutil.Process]:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=600)[1] or not any(
+    return not psutil.wait_procs(processes, PATIENCE)[1] or not any(
         is_running(each.pid) for each in processes
     )
 
@@ -279,7 +280,7 @@ def on_two_machines(data: dict, folder) -> RunDirectory:
         for name, value in (variables | {"SLURM_NODEID": "0"}).items():
             patch.setenv(name, value)
         run = start(data | nodes, folder, "whole")
-    said = second.communicate(timeout=600)
+    said = second.communicate(timeout=PATIENCE)
     assert second.returncode == 0, said
     assert f"Rank 1 of 2 follows 127.0.0.1:{variables['MASTER_PORT']} in the run {run.path}" in said[1]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "run", "whole"]
@@ -288,9 +289,12 @@ def on_two_machines(data: dict, folder) -> RunDirectory:
 
 
 def free_port() -> int:
-    with socket.socket() as ours:
-        ours.bind(("127.0.0.1", 0))
-        return ours.getsockname()[1]
+    "Below those that the system gives to whoever asks for any: nobody takes it before we do."
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with socket.socket() as ours, suppress(OSError):
+            ours.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 # --- what is refused ---

@@ -8,10 +8,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import in_turn
+from conftest import PATIENCE, in_turn, until
 
 from topoqa_nb.data.tiny import DemoPaths
 from topoqa_nb.runs.record import read_metadata
@@ -89,7 +90,7 @@ def test_a_pipeline_that_is_stopped_leaves_nothing(folder: Path, demo: DemoPaths
     process = start(folder, "pipeline", *options)
     assert any(line in said for said in process.stdout)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + signal.SIGTERM
     assert left_in(folder) == []
 
@@ -98,7 +99,7 @@ def test_a_folder_whose_sockets_loader_processes_could_not_use_is_refused(folder
     "PyTorch's loader would wait for ever."
     deep = folder / ("a" * 100)
     process = training(deep, demo, 2, workers=2)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert said.startswith("topoqa: error: TMPDIR: expected a folder for the sockets of loader processes")
     assert len(said.splitlines()) == 1
@@ -118,14 +119,21 @@ def stopped_after(seconds: float, signum: int, *arguments: object) -> tuple[int,
         [sys.executable, "-m", "topoqa_nb.cli", *map(str, arguments)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    while process.poll() is None and not catches(process.pid, signal.SIGTERM):
-        time.sleep(0.01)  # the interpreter has not come to us, and a busy machine may take its time
+    # Before that the interpreter has not come to us; SIGUSR2 is the last one that the command arranges for.
+    until(lambda: process.poll() is not None or catches(process.pid, signal.SIGUSR2))
     time.sleep(seconds)
     process.send_signal(signum)
-    _, said = process.communicate(timeout=120)
-    with pytest.raises(ProcessLookupError):  # nothing that it started is left
-        os.killpg(process.pid, 0)
+    _, said = process.communicate(timeout=PATIENCE)
+    until(lambda: not is_group(process.pid))  # nothing that it started is left
     return process.returncode, said
+
+
+def is_group(number: int) -> bool:
+    "Whether there is a process of that group, be it one that nobody has waited for yet."
+    with suppress(ProcessLookupError):
+        os.killpg(number, 0)
+        return True
+    return False
 
 
 @in_turn(

@@ -184,7 +184,7 @@ def test_a_network_without_options_has_the_parts_it_had():
 # Symmetries.
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     nodes=st.integers(1, 12),
     edges=st.integers(0, 30),
@@ -196,7 +196,7 @@ def test_the_order_of_nodes_and_edges_does_not_matter(nodes, edges, seed, poolin
     torch.testing.assert_close(model(relabelled(graph, seed)), model(graph), rtol=0, atol=1e-12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=6),
     pooling_type=st.sampled_from(POOLINGS),

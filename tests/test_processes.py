@@ -12,7 +12,7 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from conftest import in_turn, is_running
+from conftest import PATIENCE, in_turn, is_running, until
 
 from topoqa_nb.ground.core import RunError
 from topoqa_nb.sweep.processes import PRELOADED, Forked, ForkServer
@@ -116,13 +116,9 @@ def test_what_stood_in_the_files_is_gone(either: ForkServer, tmp_path: Path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_arrives(either: ForkServer, signum: int, tmp_path: Path):
     code = "import signal, sys, time\n"
-    code += (
-        f"signal.signal({int(signum)}, lambda *seen: sys.exit(3))\nprint('ready', flush=True)\ntime.sleep(60)"
-    )
+    code += f"signal.signal({int(signum)}, lambda *seen: sys.exit(3))\nprint('ready', flush=True)\ntime.sleep(600)"
     process = start(either, tmp_path, code)
-    while not (tmp_path / "out").read_text():
-        assert process.poll() is None
-        time.sleep(0.02)
+    until(lambda: (tmp_path / "out").read_text() or process.poll() is not None)
     process.send_signal(signum)
     assert process.wait() == 3
     process.send_signal(signum)  # nobody is there any more
@@ -132,7 +128,7 @@ def test_a_signal_arrives(either: ForkServer, signum: int, tmp_path: Path):
 def test_a_signal_in_the_first_moment_is_not_lost(server: ForkServer, tmp_path: Path):
     "Between its making and its own handlers a copy is as deaf as the server."
     for signum in (signal.SIGINT, signal.SIGTERM) * 5:
-        process = start(server, tmp_path, "import time; time.sleep(60)")
+        process = start(server, tmp_path, "import time; time.sleep(600)")
         process.send_signal(signum)
         assert process.wait() in (-signum, 1)  # a KeyboardInterrupt so early is an error
 
@@ -195,10 +191,9 @@ print((rows @ rows).shape[0], len(os.listdir("/proc/self/task")))
 
 @linux
 def test_a_server_that_was_killed_leaves_nobody_behind(server: ForkServer, tmp_path: Path):
-    code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
-    process = start(server, tmp_path, "import time; " + code.replace("input()", "time.sleep(60)"))
-    while not (tmp_path / "out").read_text().endswith("\n"):
-        time.sleep(0.02)
+    code = "import subprocess; print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
+    process = start(server, tmp_path, "import time; " + code.replace("input()", "time.sleep(600)"))
+    until(lambda: (tmp_path / "out").read_text().endswith("\n"))
     helper = int((tmp_path / "out").read_text())
     server.process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -207,18 +202,11 @@ def test_a_server_that_was_killed_leaves_nobody_behind(server: ForkServer, tmp_p
     assert start(server, tmp_path, "raise SystemExit(4)").wait() == 4  # by a new server
 
 
-def until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @linux
 def test_a_copy_that_has_only_just_begun_is_not_left_behind_either(tmp_path: Path):
     for _ in range(15):
         with ForkServer([]) as server:
-            process = start(server, tmp_path, "import time; time.sleep(60)")
+            process = start(server, tmp_path, "import time; time.sleep(600)")
             server.process.kill()
             assert process.wait() == -signal.SIGKILL
             until(lambda number=process.pid: not is_running(number))
@@ -229,7 +217,7 @@ def test_a_signal_to_every_process_leaves_the_copies_their_time(server: ForkServ
     "As when a job system stops a job."
     code = "import signal, sys, time\n"
     code += "def stop(*_): time.sleep(0.5); print('last words'); sys.exit(3)\n"
-    code += "signal.signal(signal.SIGTERM, stop); print('ready', flush=True); time.sleep(60)"
+    code += "signal.signal(signal.SIGTERM, stop); print('ready', flush=True); time.sleep(600)"
     process = start(server, tmp_path, code)
     until(lambda: (tmp_path / "out").read_text())
     for number in (server.process.pid, process.pid):
@@ -242,10 +230,10 @@ def test_a_signal_to_every_process_leaves_the_copies_their_time(server: ForkServ
 @linux
 def test_a_long_request_survives_a_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     "A pipe holds 64 KB; a signal that is only noted cuts the writing of more than that short."
-    (tmp_path / "slow.py").write_text("import time; time.sleep(1.5)")
+    slow = "import time; from pathlib import Path\nwhile not Path('noted').exists(): time.sleep(0.02)"
+    (tmp_path / "slow.py").write_text(slow)
     monkeypatch.chdir(tmp_path)
-    noted = []
-    before = signal.signal(signal.SIGALRM, lambda *_: noted.append(True))
+    before = signal.signal(signal.SIGALRM, lambda *_: Path("noted").touch())
     try:
         with ForkServer(["slow"]) as server:
             server.is_ready = lambda: True  # so that it is asked while it imports
@@ -254,7 +242,7 @@ def test_a_long_request_survives_a_signal(tmp_path: Path, monkeypatch: pytest.Mo
             assert process.wait() == 0
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert noted and (tmp_path / "out").read_text() == "100000\n"
+    assert (tmp_path / "out").read_text() == "100000\n"
 
 
 @linux
@@ -305,7 +293,7 @@ def test_a_server_is_closed_at_once_while_it_imports(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     before = time.monotonic()
     ForkServer(["slow_module"]).close()
-    assert time.monotonic() - before < 600
+    assert time.monotonic() - before < 3600
 
 
 OWNER = """
@@ -315,7 +303,7 @@ from topoqa_nb.sweep.processes import ForkServer
 server = ForkServer([])
 copies = [server.start(["-m", job], os.environ, Path(f"out{number}"), Path("err")) for number, job in enumerate(JOBS)]
 print(server.process.pid, *[copy.pid for copy in copies], flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 SAYS_LAST_WORDS = """
 import signal, subprocess, sys, time
@@ -324,8 +312,8 @@ def stop(*_):
     print("last words")
     sys.exit(3)
 signal.signal(signal.SIGTERM, stop)
-print(subprocess.Popen(["sleep", "60"]).pid, flush=True)
-time.sleep(60)
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+time.sleep(600)
 """
 
 
@@ -333,7 +321,7 @@ time.sleep(60)
 @pytest.mark.parametrize("killed", ["owner", "server", "both"])
 def test_whoever_is_killed_the_copies_are_told_and_nobody_is_left(killed: str, tmp_path: Path):
     (tmp_path / "speaks.py").write_text(SAYS_LAST_WORDS)
-    (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "sleeps.py").write_text("import time; time.sleep(600)")
     code = OWNER.replace("JOBS", "['speaks', 'sleeps']")
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     server, *copies = map(int, owner.stdout.readline().split())
@@ -372,7 +360,7 @@ def test_a_copy_that_does_not_stop_is_killed_with_what_it_started(tmp_path: Path
 @linux
 def test_a_process_whose_parent_died_before_it_asked_stops_at_once():
     code = "import time; from topoqa_nb.ground.signals import stop_with_parent; stop_with_parent(1)"
-    done = subprocess.run([sys.executable, "-c", f"{code}; time.sleep(60)"], timeout=30)
+    done = subprocess.run([sys.executable, "-c", f"{code}; time.sleep(600)"], timeout=PATIENCE)
     assert done.returncode == -signal.SIGTERM
 
 

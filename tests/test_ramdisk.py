@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import nbformat
 import psutil
 import pytest
-from conftest import forked
+from conftest import PATIENCE, forked, until
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths, write_tiny_dataset
@@ -230,7 +229,7 @@ def test_a_container_limit_counts(tmp_path, monkeypatch):
 def endless_comparison(told: dict[str, object], run_root: Path) -> None:
     "In a process of its own: a comparison whose pipeline never ends."
     os.environ["SAFE_RAMDISK_TEST_MODE"] = ""
-    modes.mode_command = lambda job, outcome: [sys.executable, "-c", "import time; time.sleep(300)"]
+    modes.mode_command = lambda job, outcome: [sys.executable, "-c", "import time; time.sleep(600)"]
     try:
         compare(ramdisk_settings(told), {"run_root": str(run_root)}, say=lambda line: None)
     except Interrupted as stop:
@@ -244,20 +243,12 @@ def comparison(name, tiny, manifest, tmp_path) -> Iterator[ForkProcess]:
     told = {"name": name, "headroom": "16M", "skip_baseline": True} | paths
     process = forked(endless_comparison, told, tmp_path / "runs")
     mark = f"{process.pid}_{psutil.Process(process.pid).create_time():.2f}"
-    assert wait_for(lambda: marked_processes(mark)), "the mode's process has not started"
+    until(lambda: marked_processes(mark))
     yield process
     process.kill()
     process.join()
     stop_processes(mark, patience=0)
     remove_leftovers(name)
-
-
-def wait_for(happens: Callable[[], object], seconds: float = 90) -> bool:
-    "Whether something becomes true in time."
-    deadline = time.monotonic() + seconds
-    while not (happened := bool(happens())) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return happened
 
 
 def mark_of(name: str) -> str:
@@ -271,10 +262,10 @@ def mark_of(name: str) -> str:
 def test_a_signal_removes_the_volume_and_stops_the_pipeline(comparison, name, tmp_path, signum):
     mark = mark_of(name)
     os.kill(comparison.pid, signum)
-    comparison.join(timeout=60)
+    comparison.join(PATIENCE)
     assert comparison.exitcode == 128 + signum
     assert volumes(name) == []
-    assert marked_processes(mark) == []
+    until(lambda: not marked_processes(mark))
     (record,) = (tmp_path / "runs" / "ramdisk_benchmarks").glob("*.json")
     assert read_json(record)["status"] == "interrupted"
     assert signum.name in read_json(record)["reason"]
@@ -292,7 +283,7 @@ def test_what_kill_9_left_is_removed_at_the_next_start(comparison, name):
     (line,) = [line for line in remove_leftovers("another-name") if name in line]
     assert "left by a comparison that was killed" in line
     assert volumes(name) == []
-    assert marked_processes(mark) == []
+    until(lambda: not marked_processes(mark))
 
 
 @needs_shm

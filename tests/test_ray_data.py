@@ -4,16 +4,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import a_node_lost, in_turn
+from conftest import end_second_node, in_turn, until, with_node
+from test_build import STANDS_STILL
 
 from topoqa_nb.build.example import helix_pair, write_example
+from topoqa_nb.build.journal import Journal
 from topoqa_nb.cli import main
 
 if TYPE_CHECKING:
@@ -76,6 +77,23 @@ def lines_of(out: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
+@contextmanager
+def a_node_lost(cluster: "Cluster") -> Iterator[None]:
+    "Inside of this, a node is lost as soon as a build knows of a few structures."
+    add = Journal.add
+
+    def add_and_lose(journal: Journal, line: object) -> None:
+        add(journal, line)
+        if len(journal.graphs) == 8 and len(cluster.list_all_nodes()) == 2:
+            end_second_node(cluster)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "add", add_and_lose)
+        yield
+    assert len(cluster.list_all_nodes()) == 1
+    with_node(cluster)
+
+
 def test_bytes_are_those_of_one_process(
     cluster: "Cluster",
     decoys: Path,
@@ -93,9 +111,8 @@ def test_bytes_are_those_of_one_process(
     predict = ["predict", *asked, "--graph-dir", str(whole / "graph_data"), "--out"]
     score = ["score", str(decoys), *asked, "--out"]
     with connected():
-        with a_node_lost(cluster, lambda: lines_of(out) >= 8 and lines_of(out)) as done:
+        with a_node_lost(cluster):
             assert main([*build_of(decoys, out), *ray]) == 1  # two have no graph
-        assert 8 <= done[0] < 2 * STRUCTURES - 4, "it was lost in the middle"
         assert contents(out) == contents(whole)
         assert not list(out.rglob("*.tmp"))
         assert main([*predict, str(tmp_path / "there.csv"), *ray]) == 0
@@ -112,13 +129,12 @@ def test_a_stopped_build_goes_on_elsewhere(
     cluster: "Cluster", decoys: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "topoqa_nb.cli", *build_of(decoys, out), "--executor", "ray"]
+    command = [sys.executable, "-c", STANDS_STILL, *build_of(decoys, out), "--executor", "ray"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-    while lines_of(out) < 8:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    until(lambda: lines_of(out) >= 8 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate()
     assert process.returncode == 130, said

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import a_node_lost, trained_on_second_node
+from conftest import end_second_node, trained_on_second_node, with_node
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths
@@ -19,6 +19,7 @@ from topoqa_nb.ground.cluster import Sight, connected, look_around
 from topoqa_nb.ground.core import held
 from topoqa_nb.runs.record import read_metadata
 from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs
+from topoqa_nb.sweep.processes import PRELOADED
 from topoqa_nb.sweep.ray_jobs import RayServer
 from topoqa_nb.sweep.sweep import SweepInterrupted, run_jobs
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 SMALL = {
     "model.hidden_dim": 8,
     "model.attention_head": 2,
-    "trainer.num_epochs": 15,
+    "trainer.num_epochs": 6,
     "early_stopping.patience": 99,
 }
 
@@ -56,16 +57,41 @@ def assert_same(one: Job, other: Job) -> None:
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights), one.name
 
 
+STANDS_STILL = """
+import time
+from pathlib import Path
+from topoqa_nb.training.module import TopoQAModule
+step = TopoQAModule.training_step
+def wait_and_step(module, *batch):
+    while module.current_epoch == 2 and not Path("lost").exists():
+        time.sleep(0.01)
+    return step(module, *batch)
+TopoQAModule.training_step = wait_and_step
+"""
+
+
 def test_a_node_lost_in_the_middle_changes_no_number(
-    cluster: "Cluster", demo: DemoPaths, tmp_path: Path
+    cluster: "Cluster", demo: DemoPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "stands_still.py").write_text(STANDS_STILL)
+    monkeypatch.chdir(tmp_path)  # that of the nodes, too
     here, there = (
         planned(demo, tmp_path / name, limit=2, timestamp="2026-01-31_12-00-00") for name in ("here", "there")
     )
-    lines = []
+    lines, lost = [], []
+
+    def listen(line: str) -> None:
+        "The second node ends as soon as a training there has an epoch."
+        lines.append(line)
+        if not lost and (run := trained_on_second_node(cluster, tmp_path / "there")):
+            lost.append(run)
+            end_second_node(cluster)
+            Path("lost").touch()
+
     assert run_jobs(here, jobs=2, say=lambda line: None).completed
-    with a_node_lost(cluster, lambda: trained_on_second_node(cluster, tmp_path / "there")) as lost:
-        result = run_jobs(there, executor="ray", say=lines.append)
+    with RayServer([*PRELOADED, "stands_still"]) as server:
+        result = run_jobs(there, executor="ray", say=listen, server=server)
+    with_node(cluster)
     assert result.completed, "\n".join(lines)
     for one, other in zip(here, there, strict=True):
         assert_same(one, other)

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from conftest import PATIENCE
 from test_training import run_once, start_slow_run
 
 from topoqa_nb.data.dataset import open_data
@@ -43,7 +44,7 @@ def test_resuming_from_last_continues_exactly(tiny, tmp_path, scheduler):
 def test_a_killed_run_resumes_as_if_it_had_not_been(tiny, tmp_path):
     process = start_slow_run(tiny, tmp_path)
     process.kill()
-    process.join(timeout=60)
+    process.join(PATIENCE)
     killed = RunDirectory(tmp_path / "slow")
     epochs = len(read_metrics(killed)) + 2
     resume(killed, checkpoint="last", overrides={"trainer.num_epochs": epochs})

@@ -13,6 +13,7 @@ from datetime import datetime
 
 import pytest
 import yaml
+from conftest import PATIENCE
 
 from topoqa_nb.ground.config import load_config
 from topoqa_nb.ground.core import RunError, write_json, write_text
@@ -175,7 +176,7 @@ def created_at_once(root, name):
     processes = [context.Process(target=create_and_tell, args=arguments) for _ in range(4)]
     for process in processes:
         process.start()
-    told = sorted(queue.get(timeout=60) for _ in processes)
+    told = sorted(queue.get(timeout=PATIENCE) for _ in processes)
     for process in processes:
         process.join()
     return told

@@ -494,7 +494,7 @@ def test_ten_thousand_graphs_resolve_fast(tmp_path: Path):
     )
     start = time.process_time()
     found = quiet(tmp_path, store=store)
-    assert time.process_time() - start < 1.5  # about 0.5 s on an idle machine
+    assert time.process_time() - start < 20  # about 0.5 s; if every graph were compared with all, minutes
     assert found.node_schema.columns == columns
 
 

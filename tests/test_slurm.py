@@ -6,11 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import in_turn
+from conftest import PATIENCE, in_turn, until
 
 from topoqa_nb.cli import main
 from topoqa_nb.ground.config import format_overrides, load_config
@@ -59,7 +58,7 @@ def said(folder: Path, script: str, *arguments: str, **variables: object) -> tup
     "Exit code, and the commands that were given."
     (folder / "said.txt").write_text("")
     process = start(folder, script, *arguments, **variables)
-    process.communicate(timeout=600)
+    process.communicate(timeout=PATIENCE)
     return process.returncode, (folder / "said.txt").read_text().splitlines()
 
 
@@ -116,35 +115,50 @@ def test_a_signal_to_the_shell_reaches_the_driver(folder: Path):
         "#!/usr/bin/env bash\ntrap 'exit 138' USR1\ntouch ready\nwhile true; do sleep 0.01; done\n"
     )
     process = start(folder, "ray.sh", "batch", SLURM_JOB_NODELIST="node1")
-    while not (folder / "ready").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
+    until((folder / "ready").exists)
     process.send_signal(signal.SIGUSR1)  # as --signal=B:USR1
-    process.communicate(timeout=600)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == 138
     assert "scontrol requeue 40007" in (folder / "said.txt").read_text()
 
 
+STANDS_STILL = """
+import sys, time
+from pathlib import Path
+from topoqa_nb.cli import main
+from topoqa_nb.training.module import TopoQAModule
+step = TopoQAModule.training_step
+def wait_or_step(module, *batch):
+    if module.current_epoch == 3 and not Path("waits").exists():
+        Path("waits").touch()
+        time.sleep(600)
+    return step(module, *batch)
+TopoQAModule.training_step = wait_or_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_training_that_is_sent_back_to_the_queue_ends_as_if_it_had_not_been(tiny, folder: Path):
-    settings = tiny | {"trainer.num_epochs": 60, "early_stopping.patience": 60}
+    settings = tiny | {"trainer.num_epochs": 8, "early_stopping.patience": 60}
     options = [part for pair in format_overrides(settings) for part in ("--override", pair)]
+    (folder / "stands_still.py").write_text(STANDS_STILL)
+    topoqa = f'"{sys.executable}" {{}} "$@"\n'
     (folder / "bin" / "topoqa").write_text(
-        f'#!/usr/bin/env bash\nexec "{sys.executable}" -m topoqa_nb.cli "$@"\n'
+        f"#!/usr/bin/env bash\nexec {topoqa.format(folder / 'stands_still.py')}"
     )
     run = RunDirectory(folder / "training_runs" / "a")
     job = start(folder, "run.sh", "a", "--config", "config.yaml", *options)
-    while not run.last_checkpoint.exists():
-        assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.01)
+    until(lambda: (folder / "waits").exists() or job.poll() is not None)
+    assert job.poll() is None, job.communicate()[0]
     os.kill(int((folder / "srun.pid").read_text()), signal.SIGUSR1)  # as --signal=USR1@120
-    job.communicate(timeout=600)
+    job.communicate(timeout=PATIENCE)
     assert (job.returncode, read_record(run).reason) == (138, "stopped by SIGUSR1")
     assert "scontrol requeue 40007" in (folder / "said.txt").read_text()
     code, _ = said(folder, "run.sh", "a", "--config", "config.yaml", *options, SLURM_RESTART_COUNT=1)
     assert (code, read_record(run).status) == (0, "completed")
     whole = train(load_config("config.yaml", settings | {"paths.save_dir": folder / "other"}), run_name="a")
     assert run.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
-    assert len(read_metrics(run)) == 60
+    assert len(read_metrics(run)) == 8
     assert read_record(run).checkpoints == read_record(whole).checkpoints
 
 

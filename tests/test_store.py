@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import in_turn
+from conftest import PATIENCE, in_turn, is_running, until
 from torch_geometric.data import Batch, Data
 
 from topoqa_nb.data import packing as packing_module
@@ -777,13 +777,6 @@ def forked(action: Callable[[], object], count: int) -> Iterator[list[multiproce
             process.join()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
-
-
 @needs_fork
 def test_processes_that_start_together_pack_once(opened, originals: list[Data], tmp_path: Path, monkeypatch):
     original, barrier = store_module._write_store, multiprocessing.get_context("fork").Barrier(4)
@@ -796,7 +789,7 @@ def test_processes_that_start_together_pack_once(opened, originals: list[Data], 
         return original(*arguments)
 
     def work() -> None:
-        barrier.wait(30)
+        barrier.wait(PATIENCE)
         assert_holds(opened(), originals)
         with good.open("a") as file:
             file.write("good\n")
@@ -804,7 +797,7 @@ def test_processes_that_start_together_pack_once(opened, originals: list[Data], 
     monkeypatch.setattr(store_module, "_write_store", write)
     with forked(work, 4) as processes:
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
         assert [process.exitcode for process in processes] == [0] * 4
     assert len(packed.read_text().split()) == 1
     assert len(good.read_text().split()) == 4
@@ -817,7 +810,7 @@ def test_a_packer_that_is_killed_half_way(opened, originals: list[Data], tmp_pat
 
     def stop(_: Path) -> None:
         half_way.touch()
-        time.sleep(60)
+        time.sleep(600)
 
     def work() -> None:
         with monkeypatch.context() as patch:
@@ -829,13 +822,13 @@ def test_a_packer_that_is_killed_half_way(opened, originals: list[Data], tmp_pat
         done.touch()
 
     with forked(work, 1) as [packer]:
-        wait_until(half_way.exists)
+        until(half_way.exists)
         with forked(wait_and_open, 1) as [waiting]:
             time.sleep(0.1)
             assert not done.exists()
             os.kill(packer.pid, signal.SIGKILL)
             packer.join()
-            waiting.join(60)
+            waiting.join(PATIENCE)
             assert waiting.exitcode == 0 and done.exists()
     assert len(left_behind(place())) == 1
 
@@ -890,16 +883,16 @@ def test_readers_end_with_a_packer_that_is_killed(
 
     def stop(piece: object, *_: object) -> None:
         half_way.touch()
-        time.sleep(60)
+        time.sleep(600)
 
     monkeypatch.setattr(packing_module, "_receive", stop)
     with forked(opened, 1) as [packer]:
-        wait_until(half_way.exists)
+        until(half_way.exists)
         readers = psutil.Process(packer.pid).children()
         os.kill(packer.pid, signal.SIGKILL)
         packer.join()
         try:
-            wait_until(lambda: all(not each.is_running() or each.status() == "zombie" for each in readers))
+            until(lambda: not any(is_running(each.pid) for each in readers))
         finally:
             for reader in readers:
                 with suppress(psutil.NoSuchProcess):

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from conftest import forked, in_turn, is_running, speak_into
+from conftest import PATIENCE, forked, in_turn, is_running, speak_into, until
 
 from topoqa_nb import cli
 from topoqa_nb.data.dataset import locate_data
@@ -434,12 +433,18 @@ def test_continue_on_error(tmp_path: Path, demo: DemoPaths, goes_on: bool, last:
 
 @pytest.mark.usefixtures("light")
 def test_jobs_run_at_the_same_time_and_never_more_than_asked(tmp_path: Path, demo: DemoPaths):
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    script = (
-        f"mark = Path({str(marks)!r}) / run.name; mark.touch(); time.sleep(0.6);"
-        f"seen = len(list(mark.parent.iterdir())); mark.unlink(); say('completed', selection={{'best_score': seen}})"
-    )
+    (tmp_path / "marks").mkdir()
+    script = f"""
+marks = Path({str(tmp_path / "marks")!r})
+(marks / f"{{run.name}}.begun").touch()
+count = lambda what: len(list(marks.glob(f"*.{{what}}")))
+while count("begun") < 2:  # the first one waits for the second one
+    time.sleep(0.01)
+time.sleep(0.2)
+seen = count("begun") - count("done")
+say("completed", selection={{"best_score": seen}})
+(marks / f"{{run.name}}.done").touch()
+"""
     result = run_jobs(plan(tmp_path, demo, "abcd"), jobs=2, command=stand_in(script), say=lambda line: None)
     assert max(job.score for job in result) == 2
 
@@ -494,7 +499,7 @@ def test_what_a_dead_job_has_started_does_not_outlive_it(tmp_path: Path, demo: D
     )
     jobs = plan(tmp_path, demo)
     run_jobs(jobs, command=stand_in(script), say=lambda line: None)
-    assert not is_running(read_metadata(jobs[0].run)["pid"])
+    until(lambda: not is_running(read_metadata(jobs[0].run)["pid"]))
 
 
 @pytest.mark.usefixtures("light")
@@ -504,7 +509,7 @@ def test_a_job_that_ignores_the_signal_is_killed(
     monkeypatch.setattr("topoqa_nb.sweep.sweep.STOP_SECONDS", 0.5)
     script = (
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); say('running', pid=os.getpid());"
-        "print('Epoch 000 | val_loss=1', flush=True); time.sleep(60)"
+        "print('Epoch 000 | val_loss=1', flush=True); time.sleep(600)"
     )
     jobs = plan(tmp_path, demo)
 
@@ -522,7 +527,7 @@ def test_a_job_that_ignores_the_signal_is_killed(
 
 @pytest.mark.usefixtures("light")
 def test_a_closed_pipe_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths):
-    script = "say('running', pid=os.getpid()); print('Epoch 000 | val_loss=1', flush=True); time.sleep(60)"
+    script = "say('running', pid=os.getpid()); print('Epoch 000 | val_loss=1', flush=True); time.sleep(600)"
     jobs = plan(tmp_path, demo)
 
     def closed(line: str) -> None:
@@ -577,7 +582,7 @@ def in_terminal(
     act: Callable = lambda process, keyboard: None,
     **more: str,
 ) -> tuple[int, str]:
-    "Exit code and raw output of a batch in a terminal; `act` is called as soon as the numbers are on the screen."
+    "Exit code and raw output of a batch in a terminal; `act` is called as soon as two jobs' numbers are on the screen."
     manifest = write_manifest(folder, demo, jobs=[{"name": name} for name in names])
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
@@ -588,10 +593,12 @@ def in_terminal(
     try:
         while piece := _read(ours):
             text += piece
-            if not acted and SHOWN[-1] in text:
+            if not acted and {"a", "b"} <= {
+                line[0] for line in words(text) if line[1:6] == ["running", *SHOWN]
+            }:
                 acted = True
                 act(process, ours)
-        process.join(timeout=60)
+        process.join(PATIENCE)
         return process.exitcode, text
     finally:
         process.kill()
@@ -620,15 +627,16 @@ def assert_clean(text: str) -> None:
 
 
 def test_a_terminal_shows_all_jobs(tmp_path: Path, demo: DemoPaths):
-    script = f"{TWO_EPOCHS}\ntime.sleep(2)\n{COMPLETES}"
-    code, text = in_terminal(tmp_path, demo, "abc", script)
+    seen = tmp_path / "seen"
+    script = f"{TWO_EPOCHS}\nwhile not Path({str(seen)!r}).exists(): time.sleep(0.02)\n{COMPLETES}"
+    code, text = in_terminal(tmp_path, demo, "abc", script, lambda process, keyboard: seen.touch())
     assert code == 0, text
     lines = words(text)
     assert lines[0] == ["3", "jobs,", "2", "at", "a", "time,", "1", "thread", "each"]
     running = [line for line in lines if line[:2] == ["a", "running"] and line[2:6] == SHOWN]
     assert running, "the last epoch of the first job was never shown"
     assert running[-1][-1] == "0:01:01"  # one epoch is left
-    assert re.fullmatch(r"0:00:\d\d", running[-1][-2])
+    assert re.fullmatch(r"0:\d\d:\d\d", running[-1][-2])
     assert ["c", "waiting"] in lines
     assert ["2", "running,", "1", "waiting"] in lines
     assert any(line[:2] == ["a", "completed"] for line in lines)
@@ -645,7 +653,7 @@ def test_a_terminal_is_left_clean_after_an_interruption(key: str, tmp_path: Path
 
     handler = "def stop(signum, frame): say('interrupted', reason=signal.Signals(signum).name); sys.exit(1)\n"
     handler += "signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGTERM, stop)"
-    code, text = in_terminal(tmp_path, demo, "abc", f"{handler}\n{TWO_EPOCHS}\ntime.sleep(60)", stop)
+    code, text = in_terminal(tmp_path, demo, "abc", f"{handler}\n{TWO_EPOCHS}\ntime.sleep(600)", stop)
     signum = signal.SIGINT if key == "ctrl-c" else signal.SIGTERM
     assert code == 128 + signum, text
     assert "Traceback" not in text
@@ -668,7 +676,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path: Path, demo:
 @pytest.mark.usefixtures("light")
 def test_a_table_that_cannot_be_drawn_leaves_no_process_behind(tmp_path: Path, demo: DemoPaths):
     "As when the window is closed: writing to it fails."
-    script = "say('running', pid=os.getpid()); time.sleep(60)"
+    script = "say('running', pid=os.getpid()); time.sleep(600)"
     jobs = plan(tmp_path, demo)
 
     def closed(crew: object) -> None:
@@ -684,7 +692,7 @@ def test_a_table_that_cannot_be_drawn_leaves_no_process_behind(tmp_path: Path, d
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems start plain processes")
 def test_the_death_of_the_fork_server_is_that_of_the_jobs_that_run(tmp_path: Path, demo: DemoPaths):
     "The others go on, with a new server."
-    script = "say('running', pid=os.getpid()); time.sleep(60)"
+    script = "say('running', pid=os.getpid()); time.sleep(600)"
     jobs = plan(tmp_path, demo, "abc")
 
     def kill_the_server(line: str) -> None:
@@ -707,7 +715,13 @@ def test_the_death_of_the_fork_server_is_that_of_the_jobs_that_run(tmp_path: Pat
 def test_a_sweep_can_be_stopped_while_the_server_imports(tmp_path: Path, demo: DemoPaths, monkeypatch):
     (tmp_path / "endless_module.py").write_text("import time; time.sleep(600)")
     monkeypatch.chdir(tmp_path)
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def ask(server: ForkServer) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)
+        return is_ready(server)
+
+    is_ready = ForkServer.is_ready
+    monkeypatch.setattr(ForkServer, "is_ready", ask)
     with ForkServer(["endless_module"]) as server, pytest.raises(SweepInterrupted) as stopped:
         run_jobs(plan(tmp_path, demo), command=stand_in(COMPLETES), say=lambda line: None, server=server)
     assert [job.status for job in stopped.value.result] == ["not started"]
@@ -826,12 +840,9 @@ def endless_sweep(tmp_path: Path, demo: DemoPaths) -> Iterator[tuple[subprocess.
 def test_an_interrupted_sweep_leaves_no_process_and_says_how_every_run_ended(endless_sweep):
     "By Ctrl-C; what SIGTERM does is seen in a terminal, and by a sweep that is killed."
     (process, folder), signum = endless_sweep, signal.SIGINT
-    deadline = time.monotonic() + 120
-    while process.poll() is None and (folder / "out").read_text().count("Epoch 000") < 2:
-        assert time.monotonic() < deadline, (folder / "out").read_text()
-        time.sleep(0.2)
+    until(lambda: process.poll() is not None or (folder / "out").read_text().count("Epoch 000") >= 2)
     process.send_signal(signum)
-    code = process.wait(timeout=60)
+    code = process.wait(PATIENCE)
     text = (folder / "out").read_text()
     assert code == 128 + signum, text
     assert "Traceback" not in text
@@ -855,17 +866,13 @@ def test_a_sweep_that_is_killed_leaves_interrupted_runs_and_no_process(tmp_path:
     command = [sys.executable, "-m", "topoqa_nb.cli", "batch", "--manifest", str(manifest), "--jobs", "2"]
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while (tmp_path / "out").read_text().count("Epoch 000") < 2:
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "out").read_text()
-        time.sleep(0.2)
+    until(lambda: process.poll() is not None or (tmp_path / "out").read_text().count("Epoch 000") >= 2)
+    assert process.poll() is None, (tmp_path / "out").read_text()
     others = psutil.Process(process.pid).children(recursive=True)
     assert len(others) >= 4  # the server, two trainings, and one that loads
     process.kill()
     process.wait()
-    while any(is_running(other.pid) for other in others):
-        assert time.monotonic() < deadline, others
-        time.sleep(0.2)
+    until(lambda: not any(is_running(other.pid) for other in others))
     for run in (path for path in (tmp_path / "runs").iterdir() if not path.is_symlink()):
         metadata, rows = read_metadata(run), read_metrics(RunDirectory(run))
         assert (metadata["status"], metadata["reason"]) == ("interrupted", "stopped by SIGTERM")

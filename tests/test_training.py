@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import forked, in_turn
+from conftest import PATIENCE, forked, in_turn, until
 
 from topoqa_nb.data.dataset import open_data
 from topoqa_nb.data.tiny import write_tiny_dataset
@@ -265,11 +265,8 @@ def epochs_of(folder: Path) -> int:
 
 
 def wait_for_epochs(process: ForkProcess, folder: Path, epochs: int) -> None:
-    deadline = time.monotonic() + 120
-    while epochs_of(folder) < epochs:
-        assert process.is_alive(), "the run ended by itself"
-        assert time.monotonic() < deadline, "no epoch was recorded in time"
-        time.sleep(0.05)
+    until(lambda: epochs_of(folder) >= epochs or not process.is_alive())
+    assert process.is_alive(), "the run ended by itself"
 
 
 def start_slow_run(tiny, folder: Path, **changes: object) -> ForkProcess:
@@ -287,7 +284,7 @@ def start_slow_run(tiny, folder: Path, **changes: object) -> ForkProcess:
 def test_a_stopped_run_keeps_its_best_checkpoint(tiny, tmp_path, signum, status):
     process = start_slow_run(tiny, tmp_path)
     os.kill(process.pid, signum)
-    process.join(timeout=60)
+    process.join(PATIENCE)
     assert process.exitcode == (-9 if signum == signal.SIGKILL else 128 + signum)
     run = RunDirectory(tmp_path / "slow")
     assert read_metadata(run)["status"] == status
@@ -309,7 +306,7 @@ def test_a_run_stops_on_the_signals_that_it_chose(tiny, tmp_path):
         os.kill(process.pid, signum)
     wait_for_epochs(process, tmp_path, epochs_of(tmp_path) + 2)
     os.kill(process.pid, signal.SIGUSR1)
-    process.join(timeout=60)
+    process.join(PATIENCE)
     assert process.exitcode == 128 + signal.SIGUSR1
     record = read_record(tmp_path / "slow")
     assert (record.status, record.reason) == ("interrupted", "stopped by SIGUSR1")
@@ -382,7 +379,7 @@ def test_variables_of_a_scheduler_change_nothing(tiny, tmp_path):
     ]
     command = [sys.executable, "-m", "topoqa_nb.cli", "run", "--config", "config.yaml", "--run-name", "task"]
     done = subprocess.run(
-        [*command, *overrides], env=os.environ | variables, capture_output=True, text=True, timeout=120
+        [*command, *overrides], env=os.environ | variables, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     task = RunDirectory(tmp_path / "task")

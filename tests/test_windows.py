@@ -72,7 +72,7 @@ def steps_of(split, batch_size, window, together, limit=None):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12)
 @given(
     count=st.integers(1, GRAPHS),
     batch_size=st.integers(1, 6),
