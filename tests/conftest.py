@@ -7,18 +7,22 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
     from topoqa_nb.data.tiny import DemoPaths
+    from topoqa_nb.runs.record import RunDirectory
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: test processes share the cores
 
@@ -106,23 +110,86 @@ def cluster() -> Iterator["Cluster"]:
     Tests that use it are of one `xdist_group`, named ray.
     """
     pytest.importorskip("ray", reason="needs Ray: pip install 'topoqa_nb[ray]'")
-    from ray.cluster_utils import Cluster
-
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300}  # a lost node is soon known
     quick |= {"health_check_failure_threshold": 3}
     with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_worker_niceness", "0")  # as the tests: on a busy machine others would starve them
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        head = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
-        found = Cluster(
-            head_node_args=head | {"_system_config": quick, "temp_dir": folder}, initialize_head=True
-        )
-        found.add_node(num_cpus=1, object_store_memory=2**27)
+        alone = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        found = with_node(None, _system_config=quick, temp_dir=folder, **alone)
+        with_node(found)
         patch.setenv("RAY_ADDRESS", found.address)
         try:
             yield found
         finally:
             found.shutdown()
+
+
+def with_node(cluster: "Cluster | None", **options: object) -> "Cluster":
+    """A cluster with one node of one CPU more; of none, a new one.
+
+    Ray ends a node whose helpers take more than 15 s to start, a limit that cannot be set and that a busy machine
+    may pass: what did not start is started again, and a machine on which nothing starts is none for these tests.
+    """
+    from ray.cluster_utils import Cluster
+
+    for _ in range(3):
+        before, grown = psutil.Process().children(), cluster or Cluster()
+        try:
+            grown.add_node(num_cpus=1, object_store_memory=2**27, **options)
+            return grown
+        except Exception as problem:
+            if "timed out during startup" not in str(problem):
+                raise
+            for process in [each for each in psutil.Process().children() if each not in before]:
+                process.kill()
+    pytest.skip("a node of Ray did not start within the 15 s that Ray gives it, three times")
+
+
+def end_second_node(cluster: "Cluster") -> None:
+    "As when the power is cut: all at once, and nobody has time for a last word."
+    node = cluster.list_all_nodes()[-1]
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    for process in [raylet, *raylet.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    cluster.remove_node(node, allow_graceful=False)
+
+
+@contextmanager
+def a_node_lost(cluster: "Cluster", when: Callable[[], object]) -> Iterator[list]:
+    "Inside of this the second node is lost as soon as something is true; what that was."
+    seen, ended = [], threading.Event()
+
+    def lose() -> None:
+        while not seen and not ended.wait(0.01):
+            if found := when():
+                seen.append(found)
+                end_second_node(cluster)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
+        if seen:
+            with_node(cluster)
+
+
+def trained_on_second_node(cluster: "Cluster", root: Path) -> "RunDirectory | None":
+    "A run with a complete epoch whose process is on the second node."
+    from topoqa_nb.runs.record import read_record
+    from topoqa_nb.runs.runs import list_runs
+
+    raylet = cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid
+    for run in list_runs(root) if root.is_dir() else ():
+        with suppress(psutil.NoSuchProcess, KeyError):
+            above = psutil.Process(read_record(run).environment["process"]["pid"]).parents()
+            if run.last_checkpoint.exists() and raylet in [process.pid for process in above]:
+                return run
+    return None
 
 
 @functools.cache

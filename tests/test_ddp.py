@@ -208,7 +208,7 @@ def followers(leader: int) -> list[psutil.Process]:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=10)[1] or not any(
+    return not psutil.wait_procs(processes, timeout=600)[1] or not any(
         is_running(each.pid) for each in processes
     )
 
@@ -279,7 +279,7 @@ def on_two_machines(data: dict, folder) -> RunDirectory:
         for name, value in (variables | {"SLURM_NODEID": "0"}).items():
             patch.setenv(name, value)
         run = start(data | nodes, folder, "whole")
-    said = second.communicate(timeout=60)
+    said = second.communicate(timeout=600)
     assert second.returncode == 0, said
     assert f"Rank 1 of 2 follows 127.0.0.1:{variables['MASTER_PORT']} in the run {run.path}" in said[1]
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "run", "whole"]

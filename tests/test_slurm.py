@@ -59,7 +59,7 @@ def said(folder: Path, script: str, *arguments: str, **variables: object) -> tup
     "Exit code, and the commands that were given."
     (folder / "said.txt").write_text("")
     process = start(folder, script, *arguments, **variables)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     return process.returncode, (folder / "said.txt").read_text().splitlines()
 
 
@@ -120,7 +120,7 @@ def test_a_signal_to_the_shell_reaches_the_driver(folder: Path):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)  # as --signal=B:USR1
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 138
     assert "scontrol requeue 40007" in (folder / "said.txt").read_text()
 
@@ -137,7 +137,7 @@ def test_a_training_that_is_sent_back_to_the_queue_ends_as_if_it_had_not_been(ti
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.01)
     os.kill(int((folder / "srun.pid").read_text()), signal.SIGUSR1)  # as --signal=USR1@120
-    job.communicate(timeout=60)
+    job.communicate(timeout=600)
     assert (job.returncode, read_record(run).reason) == (138, "stopped by SIGUSR1")
     assert "scontrol requeue 40007" in (folder / "said.txt").read_text()
     code, _ = said(folder, "run.sh", "a", "--config", "config.yaml", *options, SLURM_RESTART_COUNT=1)
