@@ -3,25 +3,24 @@
 import os
 import re
 import signal
+import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 import torch
+from conftest import a_node_lost, trained_on_second_node
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths
 from topoqa_nb.ground.cluster import Sight, connected, look_around
 from topoqa_nb.ground.core import held
-from topoqa_nb.runs.record import RunDirectory, read_metadata, read_record
+from topoqa_nb.runs.record import read_metadata
 from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs
-from topoqa_nb.sweep.ray_jobs import RayServer
+from topoqa_nb.sweep.ray_jobs import RayServer, alone_on_cluster
 from topoqa_nb.sweep.sweep import SweepInterrupted, run_jobs
 
 if TYPE_CHECKING:
@@ -58,50 +57,24 @@ def assert_same(one: Job, other: Job) -> None:
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights), one.name
 
 
-def end_second_node(cluster: "Cluster") -> None:
-    "As when the power is cut: all at once, and nobody has time for a last word."
-    node = cluster.list_all_nodes()[-1]
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    for process in [raylet, *raylet.children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    cluster.remove_node(node, allow_graceful=False)
-
-
-def is_on_second_node(run: RunDirectory, cluster: "Cluster") -> bool:
-    raylet = cluster.list_all_nodes()[-1].all_processes["raylet"][0].process.pid
-    with suppress(psutil.NoSuchProcess):
-        pid = read_record(run).environment["process"]["pid"]
-        return raylet in [above.pid for above in psutil.Process(pid).parents()]
-    return False
-
-
 def test_a_node_lost_in_the_middle_changes_no_number(
     cluster: "Cluster", demo: DemoPaths, tmp_path: Path
 ) -> None:
     here, there = (
         planned(demo, tmp_path / name, limit=2, timestamp="2026-01-31_12-00-00") for name in ("here", "there")
     )
-    lines, lost = [], []
-
-    def listen(line: str) -> None:
-        "The second node ends as soon as a training there has an epoch."
-        lines.append(line)
-        name = line.partition(" | Epoch ")[0]
-        running = [job for job in there if job.name == name and job.run.last_checkpoint.exists()]
-        if not lost and running and is_on_second_node(running[0].run, cluster):
-            lost.extend(running)
-            end_second_node(cluster)
-
+    lines = []
     assert run_jobs(here, jobs=2, say=lambda line: None).completed
-    result = run_jobs(there, executor="ray", say=listen)
+    with a_node_lost(cluster, lambda: trained_on_second_node(cluster, tmp_path / "there")) as lost:
+        result = run_jobs(there, executor="ray", say=lines.append)
     assert result.completed, "\n".join(lines)
     for one, other in zip(here, there, strict=True):
         assert_same(one, other)
-    metadata = read_metadata(lost[0].run)
+    metadata = read_metadata(lost[0])
     assert [entry["checkpoint"] for entry in metadata["resumes"]] == ["last.chkpt"]
     assert re.fullmatch(r"lost on \S+, retry 1 of 3", metadata["resumes"][0]["because"])
-    assert f"{lost[0].name} | {metadata['resumes'][0]['because']}" in lines
+    name = next(job.name for job in there if job.run.path == lost[0].path)
+    assert f"{name} | {metadata['resumes'][0]['because']}" in lines
     assert lines[0] == "2 jobs, 2 at a time, on 2 nodes of a Ray cluster"
     assert not (tmp_path / "there" / ".sweep").exists()
     lines.clear()  # the driver starts once more
@@ -110,7 +83,6 @@ def test_a_node_lost_in_the_middle_changes_no_number(
     )
     assert [job.reason for job in again] == [f"completed before as {job.run.name}" for job in there]
     assert (again.completed, lines) == (True, [])
-    cluster.add_node(num_cpus=1, object_store_memory=2**27)
 
 
 STAND_IN = """
@@ -124,7 +96,7 @@ signal.signal(signal.SIGINT, stop)
 run.mkdir(parents=True)
 (run / "run_metadata.json").write_text(json.dumps({"status": "running"}))
 print("Epoch 000 | val_loss=" + os.environ["OMP_NUM_THREADS"] + os.environ["TOPOQA_THREADS"], flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
 
 
@@ -180,10 +152,11 @@ def refused(demo: DemoPaths, tmp_path: Path, capsys: pytest.CaptureFixture) -> C
 
 
 def test_without_ray_or_a_cluster(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    started = time.monotonic()
-    assert "expected a Ray cluster at 127.0.0.1:1, found Connection refused" in refused()
-    assert time.monotonic() - started < 30  # Ray itself tries for minutes
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "init", lambda **options: pytest.fail("Ray itself tries for minutes"))
+        assert "expected a Ray cluster at 127.0.0.1:1, found Connection refused" in refused()
     monkeypatch.setitem(sys.modules, "ray", None)
     assert "executor ray: expected the package ray, found none; pip install 'topoqa_nb[ray]'" in refused()
 
@@ -228,3 +201,30 @@ def test_a_second_sweep_in_the_same_run_root(
     with held(tmp_path / "runs"):
         assert "runs: expected a folder for this process alone" in refused()
     (tmp_path / "runs" / ".lock").unlink()  # what is left of a sweep that was killed is not in the way
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from topoqa_nb.ground.cluster import connected
+from topoqa_nb.sweep.ray_jobs import alone_on_cluster
+with connected(), alone_on_cluster(Path(sys.argv[1])):
+    print("alone", flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_without_locks_the_cluster_knows_of_another_driver(
+    cluster: "Cluster", refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "runs")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "alone\n"
+    monkeypatch.setattr("topoqa_nb.sweep.ray_jobs.FORGET_SECONDS", 0.1)
+    said = refused()
+    assert "runs: expected a run root for this sweep alone, found another driver on this cluster" in said
+    other.kill()  # it has no time to say that it leaves
+    other.communicate()
+    monkeypatch.setattr("topoqa_nb.sweep.ray_jobs.FORGET_SECONDS", 600)
+    with connected(), alone_on_cluster(tmp_path / "runs"):
+        pass

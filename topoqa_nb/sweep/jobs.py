@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Command', 'POLL_SECONDS', 'HURRY_SECONDS', 'JobResult', 'SweepResult', 'results_table', 'sweep_length', 'job_slots',
-           'child_environment', 'share_text', 'Child', 'start_child', 'stop_children', 'known_record', 'result_of',
-           'ended_result']
+           'child_environment', 'share_text', 'Child', 'console_files', 'start_child', 'stop_children', 'known_record',
+           'result_of', 'ended_result']
 
 # %% ../../nbs/6_sweep/62_jobs.ipynb #62-002
 import os
@@ -175,6 +175,14 @@ class Child:
 Command = Callable[[Job], list[str]]  # arguments of Python
 
 
+def console_files(
+    job: Job,
+    folder: Path,  # for what processes print
+) -> tuple[Path, Path]:
+    "Of the standard output and the standard error of a job's process."
+    return folder / f"{job.name}.out", folder / f"{job.name}.err"
+
+
 def start_child(
     job: Job,
     server: ForkServer,
@@ -184,7 +192,7 @@ def start_child(
     parallel_jobs: int = 1,  # processes at a time
 ) -> Child:
     "Start a job's process."
-    files = scratch / f"{job.name}.out", scratch / f"{job.name}.err"
+    files = console_files(job, scratch)
     everything = child_environment(job, parallel_jobs) | dict(environment or {})
     return Child(job, server.start(command(job), everything, *files), *files, time.monotonic())
 

@@ -38,7 +38,7 @@ from topoqa_nb.sweep.jobs import (
     stop_children,
 )
 from .manifest import Job, training_command
-from .places import PLACES, Place
+from .places import PLACES, JobPlace
 from .processes import STOP_SECONDS, ForkServer
 from .ray_jobs import RayServer
 from ..training.mlflow_sweep import open_sweep_run
@@ -281,7 +281,7 @@ def _earlier(
 
 
 def _prepare(
-    waiting: Sequence[Job], place: Place, slots: int, continue_on_error: bool, say: Callable[[str], object]
+    waiting: Sequence[Job], place: JobPlace, slots: int, continue_on_error: bool, say: Callable[[str], object]
 ) -> dict[str, JobResult]:
     "Say what will run, pack its graphs, and give the jobs that cannot run."
     if not waiting:
