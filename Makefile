@@ -36,8 +36,8 @@ test: lint ## lint, run every page, run the tests
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
-test-faults: $(STAMP) ## kill at changes of the file system and go on; damage every file that is read; hours; FIRST=1 kills elsewhere
-	TOPOQA_KILL_EVERY=1 TOPOQA_KILL_FIRST=$(or $(FIRST),0) TOPOQA_DAMAGE_EVERY=1 TOPOQA_BENCHMARKS=all $(BIN)/python -m pytest -n 2 tests/test_kills.py tests/test_kills_of_commands.py tests/test_kills_of_trainings.py tests/test_damage.py tests/test_benchmarks.py
+test-faults: $(STAMP) ## kill at changes of the file system and go on; damage every file that is read; lose nodes; hours; FIRST=1 kills elsewhere
+	TOPOQA_KILL_EVERY=1 TOPOQA_KILL_FIRST=$(or $(FIRST),0) TOPOQA_DAMAGE_EVERY=1 TOPOQA_BENCHMARKS=all TOPOQA_CLUSTER=all $(BIN)/python -m pytest -n 2 --dist loadgroup tests/test_kills.py tests/test_kills_of_commands.py tests/test_kills_of_trainings.py tests/test_damage.py tests/test_benchmarks.py tests/test_ray_commands.py
 
 lint: $(STAMP) ## check that pages, package and formatting agree
 	@$(BIN)/python .ci/lint.py
