@@ -170,7 +170,7 @@ def test_what_no_node_has_is_told_at_once(
             "a: resources.num_cpus: expected a node with 2 CPUs, found at most 1 on the 2 of the cluster"
             in said
         )
-        assert "expected a node with 1 GPUs" in refused(resources="resources: {num_gpus: 1}")
+        assert "expected a node with 1 GPU, found at most 0" in refused(resources="resources: {num_gpus: 1}")
         assert "resources.memory: expected" in refused(resources="resources: {memory: 99 TB}")
         assert "resources.num_cpu: expected a known key" in refused(resources="resources: {num_cpu: 2}")
         own = next(iter(look_around().versions.items()))
