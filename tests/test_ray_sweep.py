@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from conftest import end_second_node, trained_on_second_node, with_node
+from conftest import PATIENCE, end_second_node, trained_on_second_node, with_node
 
 from topoqa_nb.cli import main
 from topoqa_nb.data.tiny import DemoPaths
@@ -195,7 +196,7 @@ def test_what_no_node_has_is_told_at_once(
             "a: resources.num_cpus: expected a node with 2 CPUs, found at most 1 on the 2 of the cluster"
             in said
         )
-        assert "expected a node with 1 GPUs" in refused(resources="resources: {num_gpus: 1}")
+        assert "expected a node with 1 GPU, found at most 0" in refused(resources="resources: {num_gpus: 1}")
         assert "resources.memory: expected" in refused(resources="resources: {memory: 99 TB}")
         assert "resources.num_cpu: expected a known key" in refused(resources="resources: {num_cpu: 2}")
         own = next(iter(look_around().versions.items()))
@@ -226,3 +227,30 @@ def test_a_second_sweep_in_the_same_run_root(
     with held(tmp_path / "runs"):
         assert "runs: expected a folder for this process alone" in refused()
     (tmp_path / "runs" / ".lock").unlink()  # what is left of a sweep that was killed is not in the way
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from topoqa_nb.ground.cluster import connected
+from topoqa_nb.sweep.ray_jobs import alone_on_cluster
+with connected(), alone_on_cluster(Path(sys.argv[1])):
+    print("alone", flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_without_locks_the_cluster_knows_of_another_driver(
+    cluster: "Cluster", refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", DRIVER, str(tmp_path / "runs")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "alone\n"
+    monkeypatch.setattr("topoqa_nb.sweep.ray_jobs.FORGET_SECONDS", 0.1)
+    said = refused()
+    assert "runs: expected a run root for this sweep alone, found another driver on this cluster" in said
+    other.kill()  # it has no time to say that it leaves
+    other.communicate()
+    monkeypatch.setattr("topoqa_nb.sweep.ray_jobs.FORGET_SECONDS", PATIENCE)
+    with connected(), alone_on_cluster(tmp_path / "runs"):
+        pass

@@ -242,6 +242,7 @@ def check_room(
     for name, amount in resources.asked.items():
         most, (key, unit) = max((node.total.get(name, 0) for node in nodes), default=0), _WORDS[name]
         if most < amount:
+            unit = unit.replace("s", "", 1) if amount == 1 else unit
             found = f"at most {most:,g} on the {len(nodes)} of the cluster"
             raise ResourceError(f"{where}.{key}", f"a node with {amount:,g} {unit}", found, fix)
     raise ResourceError(where, f"a node with {dict(resources.asked)}", "each of them on another node", fix)

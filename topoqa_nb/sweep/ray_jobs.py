@@ -303,16 +303,15 @@ class RayServer(contextlib.AbstractContextManager):
         return RayJob(self.actors, task, resources, say)
 
 # %% ../../nbs/6_sweep/61a_ray_jobs.ipynb #61a-101
-FORGET_SECONDS = 10.0  # in which a cluster has forgotten a driver that has ended
+FORGET_SECONDS = 10.0  # in which a cluster forgets a driver that has ended
 
 
 @contextlib.contextmanager
 def alone_on_cluster(
     root: Path,  # run root; all drivers see it under the same path
-    patience: float = FORGET_SECONDS,  # seconds
 ) -> Iterator[None]:
     "Inside of this no other driver is. Raises `RunError` when there is one."
-    ray, deadline = load_ray(), time.monotonic() + patience
+    ray, deadline = load_ray(), time.monotonic() + FORGET_SECONDS
 
     class Flag:  # here, so that no node imports anything for it
         "An actor that does nothing, and ends with its driver."
@@ -321,7 +320,7 @@ def alone_on_cluster(
     flag = None
     while flag is None:
         try:
-            flag = ray.remote(num_cpus=0)(Flag).options(**name).remote()
+            flag = ray.remote(num_cpus=0, max_restarts=-1)(Flag).options(**name).remote()
         except ValueError:  # the name is taken
             if time.monotonic() > deadline:
                 found, fix = "another driver on this cluster", "wait for it, or choose another --run-root"
