@@ -21,7 +21,7 @@ from topoqa_nb.ground.core import held
 from topoqa_nb.runs.record import read_metadata
 from topoqa_nb.sweep.manifest import Job, load_manifest, plan_jobs
 from topoqa_nb.sweep.processes import PRELOADED
-from topoqa_nb.sweep.ray_jobs import RayServer
+from topoqa_nb.sweep.ray_jobs import RayServer, alone_on_cluster
 from topoqa_nb.sweep.sweep import SweepInterrupted, run_jobs
 
 if TYPE_CHECKING:
