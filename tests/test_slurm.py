@@ -110,6 +110,18 @@ def test_a_cluster_lives_as_long_as_its_job(folder: Path):
     assert (code, commands[-1]) == (138, "scontrol requeue 40007")
 
 
+def test_a_cluster_of_which_a_node_does_not_start_is_not_waited_for(folder: Path):
+    (folder / "bin" / "ray").write_text("#!/usr/bin/env bash\n[[ $* != *--address* ]]\n")
+    process = start(folder, "ray.sh", "batch", SLURM_NNODES=2, SLURM_JOB_NODELIST="node[1-2]")
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert text == (
+        "topoqa: error: the Ray cluster of job 40007: expected 2 nodes, found one that did not start; "
+        "see above, and submit again\n"
+    )
+    assert "topoqa" not in (folder / "said.txt").read_text()
+
+
 def test_a_signal_to_the_shell_reaches_the_driver(folder: Path):
     (folder / "bin" / "topoqa").write_text(
         "#!/usr/bin/env bash\ntrap 'exit 138' USR1\ntouch ready\nwhile true; do sleep 0.01; done\n"

@@ -26,7 +26,16 @@ if [[ $SLURM_NNODES -gt 1 ]]; then
     srun --nodes="$others" --ntasks="$others" --exclude="$first" \
         ray start --address="$RAY_ADDRESS" --num-cpus="$cores" --block &
 fi
-until [[ $(ray status 2>/dev/null | grep -c ' node_') -ge $SLURM_NNODES ]]; do sleep 2; done
+expected=$((SLURM_NNODES > 1 ? 2 : 1)) # calls of srun
+while true; do # a node that did not start would be waited for until the time of the job is up
+    running=$(jobs -rp | wc -l)
+    if [[ $(ray status 2>/dev/null | grep -c ' node_') -ge $SLURM_NNODES ]]; then break; fi
+    if [[ $running -lt $expected ]]; then
+        echo "topoqa: error: the Ray cluster of job $SLURM_JOB_ID: expected $SLURM_NNODES nodes, found one that did not start; see above, and submit again" >&2
+        exit 1
+    fi
+    sleep 1
+done
 
 topoqa "$@" --executor ray &
 driver=$!
