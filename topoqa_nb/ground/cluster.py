@@ -310,7 +310,7 @@ def check_sight(
             raise ResourceError(where, f"{path} as on this machine", found, fix)
 
 # %% ../../nbs/0_ground/09_cluster.ipynb #09-024
-PROBE_SECONDS = 60.0  # what a node has for starting a process that looks around
+PROBE_SECONDS = 120.0  # what a node has for starting a process that looks around
 
 
 def check_nodes(
