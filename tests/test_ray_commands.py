@@ -114,12 +114,11 @@ def servers(cluster: "Cluster") -> list[psutil.Process]:
     return [each for each in family if "topoqa_nb" in " ".join(each.cmdline())]
 
 
+@pytest.mark.skipif(os.environ.get("TOPOQA_CLUSTER") != "all", reason="takes minutes: `make test-faults`")
 @pytest.mark.parametrize("command", ["cross-validate", "search", "pipeline"])
 def test_a_node_is_lost_and_a_command_is_stopped_and_nothing_else_changes(
     command: str, cluster: "Cluster", demo_set: DemoPaths, tmp_path: Path
 ) -> None:
-    if os.environ.get("TOPOQA_CLUSTER") != "all":
-        pytest.skip("takes minutes: TOPOQA_CLUSTER=all, as make test-faults")
     here, there, stopped = (tmp_path / name for name in ("here", "there", "stopped"))
     ended(line(command, demo_set, here, epochs=12))
     with a_node_lost(cluster, lambda: trained_on_second_node(cluster, there / "runs")) as lost:
