@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_process', 'run_environment', 'known_before', 'write_facts', 'describe_start', 'where_it_stands', 'recorded',
-           'fit', 'conclude', 'train']
+           'first_model', 'fit', 'conclude', 'train']
 
 # %% ../../nbs/4_training/44_training.ipynb #44-003
 import shlex
@@ -28,6 +28,7 @@ from topoqa_nb.ground.signals import (
     interruptible,
     left_alone,
 )
+from ..network.model import TopoQANet
 from ..runs.progress import ending_text
 from ..runs.record import RunDirectory, RunRecord, read_record, update_metadata
 from ..runs.run_data import locate_run_data
@@ -182,6 +183,17 @@ def recorded(
                 raise refused from problem
             raise
 
+# %% ../../nbs/4_training/44_training.ipynb #44-320
+def first_model(
+    config: Config,  # of the run
+    data: RunData,  # from `open_data`
+    parent: Parent | None = None,  # None: fresh weights
+) -> TopoQANet:  # whose weights are the same for a seed
+    "The network that a run begins with, in a process that is ready to train it."
+    keep_freed_memory()
+    torch.manual_seed(config.dataloader.seed)
+    return parent.model if parent else fresh_model(config, data)
+
 # %% ../../nbs/4_training/44_training.ipynb #44-044
 def fit(
     run: RunDirectory,  # whose directory exists
@@ -193,9 +205,7 @@ def fit(
     callbacks: Sequence[Callback] = (),  # more of them, called first
 ) -> None:
     "Train, with all processes that the configuration asks for."
-    keep_freed_memory()
-    torch.manual_seed(config.dataloader.seed)
-    model, score = (parent.model, parent.score) if parent else (fresh_model(config, data), None)
+    model, score = first_model(config, data, parent), parent.score if parent else None
     plan = Plan(
         run=run.path, fingerprint=data.fingerprint, threads=torch.get_num_threads(), score=score,
         ckpt_path=ckpt_path, first_epoch=first_epoch,
