@@ -30,13 +30,14 @@ from .mlflow_store import check_tracking
 from .module import TopoQAModule, batches_together
 from topoqa_nb.training.steps import (
     check_trainer,
+    first_model,
     keep_handlers,
     trainer_arguments,
     training_loader,
     unfilled_memory,
 )
 from .tracking import open_tracker
-from .training import first_model, known_before, recorded, run_process, write_facts
+from .training import known_before, recorded, run_process, write_facts
 
 # %% ../../nbs/4_training/46_refit.ipynb #46-007
 def _ranks(record: RunRecord) -> int:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_process', 'run_environment', 'known_before', 'write_facts', 'describe_start', 'where_it_stands', 'recorded',
-           'first_model', 'fit', 'conclude', 'train']
+           'fit', 'conclude', 'train']
 
 # %% ../../nbs/4_training/44_training.ipynb #44-003
 import shlex
@@ -28,7 +28,6 @@ from topoqa_nb.ground.signals import (
     interruptible,
     left_alone,
 )
-from ..network.model import TopoQANet
 from ..runs.progress import ending_text
 from ..runs.record import RunDirectory, RunRecord, read_record, update_metadata
 from ..runs.run_data import locate_run_data
@@ -39,7 +38,6 @@ from topoqa_nb.training.devices import (
     device_notes,
     device_of,
     environment,
-    keep_freed_memory,
     kernel_of,
     process_threads,
     torch_threads,
@@ -47,7 +45,7 @@ from topoqa_nb.training.devices import (
 from .following import Plan, follow, joins, leading
 from .mlflow_store import check_tracking
 from .ranks import rank_facts, rank_notes
-from .steps import check_trainer, fresh_model, make_callbacks, run_steps
+from .steps import check_trainer, first_model, make_callbacks, run_steps
 from .tracking import open_tracker
 from topoqa_nb.training.validation import (
     Parent,
@@ -183,17 +181,6 @@ def recorded(
                 raise refused from problem
             raise
 
-# %% ../../nbs/4_training/44_training.ipynb #44-320
-def first_model(
-    config: Config,  # of the run
-    data: RunData,  # from `open_data`
-    parent: Parent | None = None,  # None: fresh weights
-) -> TopoQANet:  # whose weights are the same for a seed
-    "The network that a run begins with, in a process that is ready to train it."
-    keep_freed_memory()
-    torch.manual_seed(config.dataloader.seed)
-    return parent.model if parent else fresh_model(config, data)
-
 # %% ../../nbs/4_training/44_training.ipynb #44-044
 def fit(
     run: RunDirectory,  # whose directory exists
@@ -205,7 +192,7 @@ def fit(
     callbacks: Sequence[Callback] = (),  # more of them, called first
 ) -> None:
     "Train, with all processes that the configuration asks for."
-    model, score = first_model(config, data, parent), parent.score if parent else None
+    model, score = first_model(config, data, parent and parent.model), parent and parent.score
     plan = Plan(
         run=run.path, fingerprint=data.fingerprint, threads=torch.get_num_threads(), score=score,
         ckpt_path=ckpt_path, first_epoch=first_epoch,
