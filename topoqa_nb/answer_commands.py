@@ -33,9 +33,7 @@ MoreModels = Annotated[list[str], typer.Argument(metavar="[M]...", help="Further
 RunRoot = Annotated[Path, typer.Option(help="Where runs are looked for by name.")]
 
 # %% ../nbs/98a_answer_commands.ipynb #98a-106
-TargetRegex = Annotated[
-    str | None, typer.Option(help="Finds the target in the name of a graph in no folder.")
-]
+TargetRegex = Annotated[str | None, typer.Option(help="Finds the target in a name that is in no folder.")]
 
 
 Labels = Annotated[Path | None, typer.Option(help="CSV with MODEL and dockq; adds a column dockq.")]

@@ -218,9 +218,7 @@ def families_command(
         Path | None, typer.Option(help="Graphs of topoqa build, in place of structures.")
     ] = None,
     out: Annotated[Path, typer.Option(help="The CSV to write.")] = Path("families.csv"),
-    target_regex: Annotated[
-        str | None, typer.Option(help="Finds the target in the name of a structure in no folder.")
-    ] = None,
+    target_regex: TargetRegex = None,
     identity: Annotated[
         float, typer.Option(help="Least part of the aligned columns that is identical.")
     ] = 0.3,

@@ -25,7 +25,7 @@ from topoqa_nb import (  # noqa: F401  they register their commands
     pipeline_commands,
     report_command,
 )
-from .answer_commands import ExecutorOption
+from .answer_commands import ExecutorOption, TargetRegex
 from .entry import RUN_ROOT, DryRun, Jobs, Override, Root, RunDir, RunId, app, chosen_run, main
 from .ground import console
 from .ground.config import dump_config, load_config
@@ -68,9 +68,7 @@ def demo_data_command(
 def validate_command(
     graph_dir: Annotated[Path, typer.Option(help="Folder of graphs.")],
     labels: Annotated[list[Path], typer.Option(help="A label file, such as train.csv; repeatable.")] = [],  # noqa: B006
-    target_regex: Annotated[
-        str | None, typer.Option(help="Finds the target in the name of a graph in no folder.")
-    ] = None,
+    target_regex: TargetRegex = None,
     format: Annotated[Literal["table", "json"], typer.Option(help="Form of the output.")] = "table",
     profile: Annotated[bool, typer.Option("--profile", help="Loading times, and the slowest files.")] = False,
     families: Annotated[

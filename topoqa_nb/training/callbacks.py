@@ -9,12 +9,10 @@ __all__ = ['QUIET_LOGGERS', 'TerminalHandler', 'run_logs', 'progress_marks', 'ep
            'store_checkpoint', 'RankedCheckpoints', 'MetadataWriter']
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-003
-import filecmp
 import io
 import logging
 import math
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -254,6 +252,16 @@ def check_written(
         expected = "a checkpoint that can be read back"
         raise CheckpointError(place, expected, problem.found, _FREE_SPACE) from None
 
+
+@contextmanager
+def _written(path: str | Path, content: bytes | memoryview) -> Iterator[Path]:
+    "These bytes beside a file, compared, which take its place at the end. Raises `OSError` and `CheckpointError`."
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+        if temporary.read_bytes() != content:
+            raise CheckpointError(path, "the bytes that were written", "others", _FREE_SPACE)
+        yield temporary
+
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-032
 _CLASS = re.compile(rb"c([A-Za-z_][\w.]*\n[\w.]+)\n")  # the name of a class, as pickle writes it
 
@@ -273,10 +281,7 @@ class LocalCheckpoints(CheckpointIO):
         "Write beside the file, look at it, rename. Raises `OSError`, and `CheckpointError` when it cannot be read back."
         content = io.BytesIO()  # a writer of torch's that fails on a disk does not say why
         torch.save(checkpoint, content)
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content.getbuffer())
-            if temporary.read_bytes() != content.getbuffer():
-                raise CheckpointError(path, "the bytes that were written", "others", _FREE_SPACE)
+        with _written(path, content.getbuffer()) as temporary:
             classes = set(_CLASS.findall(content.getbuffer()))
             if not classes or classes - self.readable:
                 check_written(temporary, Path(path))
@@ -301,10 +306,8 @@ def copy_checkpoint(
     place: Path,  # where a copy should appear
 ) -> None:
     "Copy a checkpoint whole or not at all."
-    with atomic_path(place) as temporary:
-        shutil.copyfile(source, temporary)
-        if not filecmp.cmp(source, temporary, shallow=False):
-            raise CheckpointError(place, "the bytes of its source", "others", _FREE_SPACE)
+    with _written(place, source.read_bytes()):
+        pass
 
 # %% ../../nbs/4_training/42_callbacks.ipynb #42-038
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from ..data.dataset import RunData, open_data
@@ -25,9 +24,9 @@ from ..ground.core import ConfigError, DataError, TrainingError, now
 from ..ground.settings import Config, TrainerConfig
 from ..ground.signals import leave_stops_to_parent, left_alone, stop_with_parent
 from ..runs.record import RunDirectory, update_metadata
-from .devices import check_device, keep_freed_memory, torch_threads
+from .devices import check_device, torch_threads
 from .ranks import Place, in_company, meet, meeting_point, place_of, wait_for
-from .steps import fresh_model, make_callbacks, run_steps
+from .steps import first_model, make_callbacks, run_steps
 
 # %% ../../nbs/4_training/43e_following.ipynb #43e-006
 class Plan(BaseModel):
@@ -77,12 +76,10 @@ def follow(
     check_device(config.trainer)
     if not place.local:  # somebody has started this command
         say(f"Rank {place.rank} of {place.ranks} follows {place.address}:{place.port} in the run {run.path}")
-    keep_freed_memory()
     with torch_threads(plan.threads), left_alone(config.trainer.stop_signals), _quiet():
         data = open_data(config)
         _check_same(data, plan, place)
-        torch.manual_seed(config.dataloader.seed)
-        model = fresh_model(config, data)
+        model = first_model(config, data)
         callbacks = make_callbacks(run, config, plan.score, place.rank)
         with in_company(place, store, config, run.log_file.parent, lambda problem: os._exit(1)):
             run_steps(config, data, model, callbacks, place, plan.ckpt_path, plan.first_epoch)

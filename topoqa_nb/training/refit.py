@@ -25,12 +25,12 @@ from ..runs.record import RunDirectory, RunRecord, check_not_original, read_reco
 from ..runs.runs import create_run, read_metrics, update_best
 from .averaging import averaging
 from .callbacks import ProgressLines, RunRecorder
-from .devices import check_device, keep_freed_memory
+from .devices import check_device
 from .mlflow_store import check_tracking
 from .module import TopoQAModule, batches_together
 from topoqa_nb.training.steps import (
     check_trainer,
-    fresh_model,
+    first_model,
     keep_handlers,
     trainer_arguments,
     training_loader,
@@ -158,9 +158,7 @@ class LastEpoch(Checkpoint):
 # %% ../../nbs/4_training/46_refit.ipynb #46-016
 def _fit(run: RunDirectory, config: Config, data: RunData, rates: Sequence[float], mark: dict) -> None:
     "Train on all of `data.train`."
-    keep_freed_memory()
-    torch.manual_seed(config.dataloader.seed)
-    model = fresh_model(config, data).train()
+    model = first_model(config, data).train()
     torch.manual_seed(config.dataloader.seed)
     module = RefitModule(model, config, data.schema, rates=rates, mark=mark)
     together = batches_together(data.train, config.dataloader.batch_size, config.trainer)

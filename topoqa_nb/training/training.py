@@ -38,7 +38,6 @@ from topoqa_nb.training.devices import (
     device_notes,
     device_of,
     environment,
-    keep_freed_memory,
     kernel_of,
     process_threads,
     torch_threads,
@@ -46,7 +45,7 @@ from topoqa_nb.training.devices import (
 from .following import Plan, follow, joins, leading
 from .mlflow_store import check_tracking
 from .ranks import rank_facts, rank_notes
-from .steps import check_trainer, fresh_model, make_callbacks, run_steps
+from .steps import check_trainer, first_model, make_callbacks, run_steps
 from .tracking import open_tracker
 from topoqa_nb.training.validation import (
     Parent,
@@ -193,9 +192,7 @@ def fit(
     callbacks: Sequence[Callback] = (),  # more of them, called first
 ) -> None:
     "Train, with all processes that the configuration asks for."
-    keep_freed_memory()
-    torch.manual_seed(config.dataloader.seed)
-    model, score = (parent.model, parent.score) if parent else (fresh_model(config, data), None)
+    model, score = first_model(config, data, parent and parent.model), parent and parent.score
     plan = Plan(
         run=run.path, fingerprint=data.fingerprint, threads=torch.get_num_threads(), score=score,
         ckpt_path=ckpt_path, first_epoch=first_epoch,
