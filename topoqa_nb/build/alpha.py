@@ -45,6 +45,20 @@ def _tetrahedron_ball(points, a, b, c, d):
     x, y, z = uu * cx + vv * dx + ww * ex, uu * cy + vv * dy + ww * ey, uu * cz + vv * dz + ww * ez
     return (x * x + y * y + z * z) / (double * double)
 
+# %% ../../nbs/9_build/92a_alpha.ipynb #92a-100
+@inner_kernel
+def _three(a, b, c):
+    "Three numbers, the smallest first."
+    low, high = min(a, b), max(a, b)
+    return min(low, c), max(low, min(high, c)), max(high, c)
+
+
+@inner_kernel
+def _four(a, b, c, d):
+    "Four numbers, the smallest first."
+    a, b, c = _three(a, b, c)
+    return min(a, d), max(a, min(b, d)), max(b, min(c, d)), max(c, d)
+
 # %% ../../nbs/9_build/92a_alpha.ipynb #92a-008
 class AlphaComplex(NamedTuple):
     "Edges and triangles between points, and the squared radius (Å^2) at which each appears."
@@ -86,17 +100,25 @@ def _tetrahedron_values(points, corners):
     "Squared radius of every tetrahedron; infinite with a helper among its corners."
     values = np.full(len(corners), np.inf)
     for cell in range(len(corners)):
-        a, b, c, d = corners[cell, 0], corners[cell, 1], corners[cell, 2], corners[cell, 3]
-        if max(a, b, c, d) < len(points):
+        a, b, c, d = _four(corners[cell, 0], corners[cell, 1], corners[cell, 2], corners[cell, 3])
+        if d < len(points):
             values[cell] = _tetrahedron_ball(points, a, b, c, d)
     return values
+
+
+@inner_kernel
+def _opposite(corners, cell, place):
+    "The triangle opposite of a corner, its points in order."
+    return _three(
+        corners[cell, (place + 1) & 3], corners[cell, (place + 2) & 3], corners[cell, (place + 3) & 3]
+    )
 
 
 @inner_kernel
 def _triangle_value(points, corners, neighbours, values, cell, place):
     "When the triangle opposite of a corner appears."
     other, count, opposite = neighbours[cell, place], len(points), corners[cell, place]
-    a, b, c = corners[cell, (place + 1) & 3], corners[cell, (place + 2) & 3], corners[cell, (place + 3) & 3]
+    a, b, c = _opposite(corners, cell, place)
     square, x, y, z = _triangle_ball(points, a, b, c)
     alone = opposite >= count or _squared_distance(points, opposite, x, y, z) >= square
     if alone and other >= 0:
@@ -117,12 +139,8 @@ def _triangles(points, corners, neighbours, number):
     for cell in range(cells):
         for place in range(4):
             other = neighbours[cell, place]
-            a, b, c = (
-                corners[cell, (place + 1) & 3],
-                corners[cell, (place + 2) & 3],
-                corners[cell, (place + 3) & 3],
-            )
-            if 0 <= other < cell or max(a, b, c) >= count:
+            a, b, c = _opposite(corners, cell, place)
+            if 0 <= other < cell or c >= count:
                 continue
             triangles[found, 0], triangles[found, 1], triangles[found, 2] = a, b, c
             sides[found, 0], sides[found, 1] = number[a, b], number[b, c]

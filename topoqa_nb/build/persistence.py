@@ -12,7 +12,16 @@ import numpy as np
 
 from .alpha import alpha_complex
 from .structures import Structure, atoms_near, inner_kernel, kernel
-from .tessellation import WIDEST, make_mesh, tessellate_grid, to_grid
+from topoqa_nb.build.tessellation import (
+    WIDEST,
+    copy_mesh,
+    grow_mesh,
+    make_meshes,
+    one_mesh,
+    read_mesh,
+    start_mesh,
+    to_grid,
+)
 from ..ground.core import ConfigError
 
 # %% ../../nbs/9_build/93_persistence.ipynb #93-101
@@ -202,34 +211,50 @@ def _describe(deaths, loops, cutoff, shortest, row0, row1):
         _five(loops[:, 0][kept], row1[5:10])
         _five(loops[:, 1][kept], row1[10:])
 
-# %% ../../nbs/9_build/93_persistence.ipynb #93-017
+# %% ../../nbs/9_build/93_persistence.ipynb #93-104
 @inner_kernel
-def _gather(coords, grid, code, around, mask, points, on_grid):
-    "Fill in the atoms of some elements; how many there are."
-    count = 0
-    for atom in around:
-        if code[atom] & mask:
-            for axis in range(3):
-                on_grid[count, axis] = grid[atom, axis] - grid[around[0], axis]
-                points[count, axis] = coords[atom, axis]
-            count += 1
-    return count
+def _largest_within(masks, sizes, chosen):
+    "Of the sets before one, the largest that lies within it and whose tessellation can grow; -1 when there is none."
+    found = -1
+    for other in range(chosen):
+        within = masks[other] & ~masks[chosen] == 0
+        if within and sizes[other] > (0 if found < 0 else sizes[found]):
+            found = other
+    return found
 
 
 @kernel
-def _rows(coords, grid, code, near, first, masks, cutoff, shortest, mesh):
+def _tessellate_set(meshes, kinds, masks, sizes, chosen):
+    "The tessellation of the atoms of one set of elements, as far as possible from that of another."
+    mesh, other = one_mesh(meshes, chosen), _largest_within(masks, sizes, chosen)
+    atoms = np.flatnonzero(kinds & masks[chosen])
+    if other >= 0:
+        copy_mesh(mesh, one_mesh(meshes, other))
+        grow_mesh(mesh, np.flatnonzero(kinds & masks[chosen] & ~masks[other]))
+        sizes[chosen] = len(atoms)
+    elif len(atoms) > 1:
+        sizes[chosen] = len(atoms) if start_mesh(mesh, atoms) else 0
+        grow_mesh(mesh, atoms)
+    return mesh, len(atoms)
+
+# %% ../../nbs/9_build/93_persistence.ipynb #93-017
+@kernel
+def _rows(coords, grid, code, near, first, masks, cutoff, shortest, meshes):
     "The statistics of every residue and every set of elements."
-    sets, residues = len(masks), len(first) - 1
-    rows, points = np.zeros((residues, 20 * sets)), np.empty((len(mesh.points), 3))
+    sets, residues, room = len(masks), len(first) - 1, meshes.corners.shape[1]
+    rows, sizes = np.zeros((residues, 20 * sets)), np.zeros(sets, np.int64)
+    corners, neighbours = np.empty((room, 4), np.int32), np.empty((room, 4), np.int32)
     for residue in range(residues):
         around = near[first[residue] : first[residue + 1]]
+        points, kinds, sizes[:] = coords[around], code[around], 0
+        meshes.points[: len(around)] = grid[around] - grid[around[0]]
         for chosen in range(sets):
-            count = _gather(coords, grid, code, around, masks[chosen], points, mesh.points)
+            mesh, count = _tessellate_set(meshes, kinds, masks, sizes, chosen)
             if count < 2:
                 continue
-            cells = tessellate_grid(mesh, count)
-            found = alpha_complex(points[:count], mesh.corners[:cells], mesh.neighbours[:cells])
-            deaths, loops = persistence(found, count, cells)
+            cells = read_mesh(mesh, corners, neighbours)
+            found = alpha_complex(points, corners[:cells], neighbours[:cells])
+            deaths, loops = persistence(found, len(points), cells)
             row0 = rows[residue, 5 * chosen : 5 * chosen + 5]
             row1 = rows[residue, 5 * sets + 15 * chosen : 5 * sets + 15 * chosen + 15]
             _describe(deaths, loops, cutoff, shortest, row0, row1)
@@ -305,6 +330,8 @@ def topology_features(
         code[structure.element == letter] = bit
     coords = structure.coords.astype(float)
     near, first = atoms_near(coords, coords[structure.atom("CA")[residues]], neighbor_distance)
-    mesh = make_mesh(int(np.diff(first).max(initial=0)))
-    rows = _rows(coords, to_grid(coords), code, near, first, masks, filtration_cutoff, min_persistence, mesh)
+    meshes = make_meshes(int(np.diff(first).max(initial=0)), len(masks))
+    rows = _rows(
+        coords, to_grid(coords), code, near, first, masks, filtration_cutoff, min_persistence, meshes
+    )
     return min_max(rows)
