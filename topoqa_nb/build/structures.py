@@ -13,8 +13,9 @@ import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -48,10 +49,25 @@ def inner_kernel(
     "A kernel for other kernels to call: put where it is called, without a count of who holds an array."
     return _translated(function, forceinline=True, _nrt=False)
 
-
+# %% ../../nbs/9_build/90_structures.ipynb #90-102
 def _translated(function: Callable, **options: bool) -> Callable:
-    is_kept = function.__module__ != "__main__"
-    return needed("numba").njit(function, cache=is_kept, error_model="numpy", **options)
+    translate = partial(needed("numba").njit, error_model="numpy", **options)
+    if function.__module__ != "__main__":
+        with suppress(RuntimeError):  # no folder for it
+            translated = translate(function, cache=True)
+            _forget_older(function, Path(translated.stats.cache_path))
+            return translated
+    return translate(function)
+
+
+def _forget_older(function: Callable, kept_in: Path) -> None:
+    "Remove translations of a function that are older than a module beside its own."
+    modules = Path(function.__code__.co_filename).parent.glob("*.py")
+    newest = max(module.stat().st_mtime_ns for module in modules)
+    for kept in kept_in.glob(f"*.{function.__qualname__}-*.nb[ic]"):
+        with suppress(OSError):  # another process was faster, or nothing may be removed there
+            if kept.stat().st_mtime_ns < newest:
+                kept.unlink()
 
 # %% ../../nbs/9_build/90_structures.ipynb #90-008
 AMINO_ACIDS = {  # one letter -> residue name, in the order of the feature columns
