@@ -81,7 +81,7 @@ NOT_RUN = {
 }  # what the scripts share, and what needs packages that are no dependency
 
 
-SHORT = ("epoch", "answer", "store", "kernel")  # what `make test` has the time for
+SHORT = ("epoch", "store", "kernel")  # what `make test` has the time for
 
 
 @pytest.mark.parametrize("name", LITTLE)
