@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -55,16 +55,16 @@ def _translated(function: Callable, **options: bool) -> Callable:
     if function.__module__ != "__main__":
         with suppress(RuntimeError):  # no folder for it
             translated = translate(function, cache=True)
-            _forget_older(function, Path(translated.stats.cache_path))
+            _forget_older(Path(function.__code__.co_filename).parent, Path(translated.stats.cache_path))
             return translated
     return translate(function)
 
 
-def _forget_older(function: Callable, kept_in: Path) -> None:
-    "Remove translations of a function that are older than a module beside its own."
-    modules = Path(function.__code__.co_filename).parent.glob("*.py")
-    newest = max(module.stat().st_mtime_ns for module in modules)
-    for kept in kept_in.glob(f"*.{function.__qualname__}-*.nb[ic]"):
+@cache
+def _forget_older(folder: Path, kept_in: Path) -> None:
+    "Remove translations that are older than a module of a folder, once in a process."
+    newest = max(module.stat().st_mtime_ns for module in folder.glob("*.py"))
+    for kept in kept_in.glob("*.nb[ic]"):
         with suppress(OSError):  # another process was faster, or nothing may be removed there
             if kept.stat().st_mtime_ns < newest:
                 kept.unlink()
